@@ -1,0 +1,78 @@
+"""CarRacing with Gymnasium's own physics, rewards and tracks; the picture is drawn only when somebody looks at it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.envs.box2d.car_racing import FPS, STATE_H, STATE_W, CarRacing
+from numpy.typing import NDArray
+
+MAX_FRAMES = 1000
+"""The stock time limit of an episode, in physics frames (20 s at 50 frames/s)."""
+
+
+class LazyCarRacing(CarRacing):
+    """Stock ``CarRacing`` that skips drawing while :attr:`drawing` is false.
+
+    A stock step spends 98% of its time on the picture; an agent that repeats each action for four frames sees one
+    picture in four. Physics, reward, termination and every picture that *is* drawn are Gymnasium's own.
+
+    Attributes:
+        drawing: Draw ``state_pixels``. While false, observations are the last picture drawn.
+        frames: Physics frames since the start of the episode.
+    """
+
+    drawing: bool = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.frames = 0
+        self._last_picture: NDArray[np.uint8] = np.zeros((STATE_H, STATE_W, 3), np.uint8)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
+        self.frames = -1  # reset() itself makes one step without an action
+        observation, info = super().reset(seed=seed, options=options)
+        return observation, info
+
+    def step(self, action: Any) -> tuple[NDArray[np.uint8], float, bool, bool, dict[str, Any]]:
+        """One physics frame; ``info`` gains ``tiles``, ``n_tiles``, ``lap_time`` [s] and ``lap_finished``."""
+        observation, reward, terminated, truncated, info = super().step(action)
+        self.frames += 1
+        info.setdefault("lap_finished", False)
+        info.update(tiles=self.tile_visited_count, n_tiles=len(self.track), lap_time=self.frames / FPS)
+        return observation, float(reward), terminated, truncated, info
+
+    def wheels_on_grass(self) -> float:
+        """Share of the four wheels that touch no road tile, 0 to 1."""
+        assert self.car is not None
+        return sum(not wheel.tiles for wheel in self.car.wheels) / 4
+
+    def speed(self) -> float:
+        """Speed of the hull in world units per second (about 100 at most on the straight)."""
+        assert self.car is not None
+        velocity = self.car.hull.linearVelocity
+        return float(np.hypot(velocity[0], velocity[1]))
+
+    def picture(self) -> NDArray[np.uint8]:
+        """The present state's picture, drawn now, (96, 96, 3) uint8 RGB."""
+        picture: NDArray[np.uint8] = super()._render("state_pixels")
+        return picture
+
+    def _render(self, mode: str) -> Any:
+        if mode != "state_pixels":
+            return super()._render(mode)
+        if self.drawing:
+            self._last_picture = self.picture()
+        return self._last_picture
+
+
+gym.register(
+    id="LazyCarRacing-v3",
+    entry_point="pipeline.sim.car_racing:LazyCarRacing",
+    max_episode_steps=MAX_FRAMES,
+    reward_threshold=900,
+)
