@@ -245,7 +245,8 @@ def _write(
 ) -> int:
     """Paste text with its top at ``y``; the text's width in pixels."""
     label = _label(text, size, bold, color, on)
-    height, width, _ = label.shape
+    height: int = label.shape[0]
+    width: int = label.shape[1]
     x -= {"left": 0, "center": width // 2, "right": width}[anchor]
     canvas[y : y + height, x : x + width] = label
     return width

@@ -1,0 +1,288 @@
+"""The project's charts, in one style: readable when small, safe for colour-blind eyes, same data -> same bytes.
+
+Every chart returns its `Figure` and, given a path, also writes it there as PNG. Figures are made without pyplot, whose
+global state keeps every figure alive and is not safe in threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gymnasium.envs.box2d.car_racing import FPS, TRACK_DETAIL_STEP, TRACK_WIDTH
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+INK = "#1b1f24"
+FAINT = "#6b7480"
+GRID = "#e4e7eb"
+BLUE, ORANGE, GREEN, RED = "#0072b2", "#e69f00", "#009e73", "#d55e00"  # Okabe and Ito's palette
+ROAD = "#d5d9de"
+
+SOLVED = 900.0
+"""Mean return at which CarRacing counts as solved."""
+ANCHOR = 914.0
+"""Best published mean raw return: AttentionAgent, 914 +- 15 over 100 episodes (Tang, Nguyen and Ha, 2020)."""
+COST_PER_SECOND = 0.1 * FPS
+"""A frame costs 0.1, and a full lap earns 1000: a lap of t seconds returns 1000 - 5 t."""
+
+
+def learning_curve(history: Sequence[Mapping[str, float | None]], path: str | Path | None = None) -> Figure:
+    """Training return and validation score against frames, with wall-clock on top when it is known.
+
+    Args:
+        history: One row per log line with ``frames`` and any of ``ep_rew_mean``, ``eval_mean``, ``eval_std`` (band: one
+            standard deviation), ``eval_low`` and ``eval_high`` (band: that interval), ``seconds`` since the start. A
+            value that is absent or None leaves no point.
+        path: PNG to write.
+    """
+    figure, axes = _figure("Learning curve", "environment frames", "raw return")
+    frames = _column(history, "frames")
+    _line(axes, frames, _column(history, "ep_rew_mean"), "training, sampled actions", color=ORANGE)
+    score = _column(history, "eval_mean")
+    _line(axes, frames, score, "validation tracks", color=BLUE, marker="o", markersize=4)
+    _band(axes, frames, *_interval(history, score))
+    _level(axes, SOLVED, "900")
+    axes.set_xlim(0, max(float(np.nanmax(frames, initial=1)), 1))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.legend(loc="lower right", frameon=False)
+    seconds = _column(history, "seconds")
+    if np.isfinite(seconds).any():
+        _clock(axes, frames, seconds)
+    return _finish(figure, path)
+
+
+def returns_by_track(
+    returns: Mapping[int, float], finished: Mapping[int, bool], path: str | Path | None = None
+) -> Figure:
+    """Return of every track, worst first; finished and unfinished laps differ in colour and in shape.
+
+    Args:
+        returns: Raw return by track seed.
+        finished: Whether the lap was finished, by track seed.
+        path: PNG to write.
+    """
+    tracks = sorted(returns, key=lambda track: returns[track])
+    values = np.array([returns[track] for track in tracks])
+    whole = np.array([finished[track] for track in tracks], dtype=bool)
+    rank = np.arange(1, len(tracks) + 1)
+    solved = int((values >= SOLVED).sum())
+    title = f"{len(values)} tracks: {values.mean():.1f} ± {values.std():.1f}, {solved} at 900 or more"
+    figure, axes = _figure(title, "tracks, worst first", "raw return")
+    _two_kinds(axes, rank, values, whole)
+    _level(axes, ANCHOR, "914 best published", color=GREEN)
+    _level(axes, SOLVED, "900 solved", below=True)
+    _level(axes, float(values.mean()), "mean", color=BLUE)
+    for n in range(min(3, len(tracks))):
+        axes.annotate(
+            f"track {tracks[n]}", (rank[n], values[n]), (8, -3), textcoords="offset points", color=FAINT, size=8
+        )
+    axes.legend(loc="lower right", frameon=False)
+    return _finish(figure, path)
+
+
+def lap_time_vs_tiles(
+    n_tiles: ArrayLike, lap_times: ArrayLike, finished: ArrayLike, path: str | Path | None = None
+) -> Figure:
+    """Lap time against the track's length, over lines of equal average speed; return of a full lap on the right.
+
+    Args:
+        n_tiles: Tiles of each track.
+        lap_times: Seconds until the lap, or the episode, ended.
+        finished: Whether every tile was visited.
+        path: PNG to write.
+    """
+    tiles, times, whole = np.asarray(n_tiles, float), np.asarray(lap_times, float), np.asarray(finished, bool)
+    figure, axes = _figure("Lap time by length of the track", "tiles of the track", "lap time [s]")
+    _two_kinds(axes, tiles, times, whole)
+    axes.margins(0.08)
+    axes.autoscale(False)
+    _equal_speeds(axes, (40, 50, 60, 70, 80, 90))
+    right = axes.secondary_yaxis("right", functions=(_lap_return, _lap_seconds))
+    right.set_ylabel("return of a full lap", color=FAINT)
+    right.tick_params(colors=FAINT)
+    right.spines["right"].set_visible(False)
+    axes.legend(loc="upper left", frameon=False)
+    return _finish(figure, path)
+
+
+def track_map(
+    track: ArrayLike, trajectory: ArrayLike, speed: ArrayLike, lost: ArrayLike = (), path: str | Path | None = None
+) -> Figure:
+    """The road from above with the driven line in the colour of its speed.
+
+    Args:
+        track: Centre line of the road, (n, 2) world units.
+        trajectory: Positions of the car, (t, 2) world units.
+        speed: Speed at each of them, (t,) world units per second.
+        lost: Places where the car left the road, (m, 2) world units.
+        path: PNG to write.
+    """
+    points, pace = np.asarray(trajectory, float), np.asarray(speed, float)
+    figure, axes = _figure("Driven line", size=(7.0, 6.2))
+    _draw_road(axes, np.asarray(track, float))
+    line = _colored_line(axes, points, pace)
+    axes.plot(*points[0], "o", color="white", markeredgecolor=INK, markersize=8, label="start", zorder=4)
+    places = np.asarray(lost, float).reshape(-1, 2)
+    if len(places):
+        style: dict[str, Any] = {"color": RED, "markeredgecolor": "white", "markersize": 12}
+        axes.plot(*places.T, "X", label="left the road", zorder=5, **style)
+    axes.set_aspect("equal")
+    axes.set_axis_off()
+    axes.legend(loc="best", frameon=False)
+    bar = figure.colorbar(line, ax=axes, shrink=0.7, pad=0.02)
+    bar.set_label("speed [units/s]", color=INK)
+    bar.outline.set_visible(False)
+    return _finish(figure, path)
+
+
+def action_histograms(steer: ArrayLike, gas: ArrayLike, brake: ArrayLike, path: str | Path | None = None) -> Figure:
+    """How often each action was used: three histograms in per cent of the decisions.
+
+    Args:
+        steer: -1 to 1, one value per decision.
+        gas: 0 to 1.
+        brake: 0 to 1.
+        path: PNG to write.
+    """
+    figure = Figure(figsize=(9.6, 3.2), dpi=120, layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    kinds = (("steer", steer, -1.0, BLUE), ("gas", gas, 0.0, GREEN), ("brake", brake, 0.0, RED))
+    for axes, (name, values, low, color) in zip(panels, kinds, strict=True):
+        _histogram(axes, name, np.asarray(values, float), low, color)
+    panels[0].set_ylabel("share of decisions [%]")
+    return _finish(figure, path)
+
+
+def _figure(title: str, x: str = "", y: str = "", size: tuple[float, float] = (8.0, 4.5)) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    _style(axes, title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    return figure, axes
+
+
+def _style(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", color=INK, fontweight="bold", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _finish(figure: Figure, path: str | Path | None) -> Figure:
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png", metadata={"Software": None})  # no version inside: same data, same bytes
+    return figure
+
+
+def _column(history: Sequence[Mapping[str, float | None]], key: str) -> Floats:
+    values = [row.get(key) for row in history]
+    return np.array([np.nan if value is None else value for value in values], dtype=float)
+
+
+def _line(axes: Axes, x: Floats, y: Floats, label: str, **style: Any) -> None:
+    known = np.isfinite(x) & np.isfinite(y)  # rows without this value must not cut the line
+    if known.any():
+        axes.plot(x[known], y[known], label=label, linewidth=1.8, **style)
+
+
+def _interval(history: Sequence[Mapping[str, float | None]], score: Floats) -> tuple[Floats, Floats]:
+    low, high, spread = (_column(history, key) for key in ("eval_low", "eval_high", "eval_std"))
+    return np.where(np.isfinite(low), low, score - spread), np.where(np.isfinite(high), high, score + spread)
+
+
+def _band(axes: Axes, x: Floats, low: Floats, high: Floats) -> None:
+    known = np.isfinite(x) & np.isfinite(low) & np.isfinite(high)
+    if known.any():
+        axes.fill_between(x[known], low[known], high[known], color=BLUE, alpha=0.15, linewidth=0)
+
+
+def _level(axes: Axes, value: float, label: str, color: str = FAINT, below: bool = False) -> None:
+    axes.axhline(value, color=color, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
+    place: dict[str, Any] = {"xy": (1, value), "xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+    axes.annotate(
+        label, xytext=(4, 0), color=color, size=8, va="top" if below else "center", annotation_clip=False, **place
+    )
+
+
+def _clock(axes: Axes, frames: Floats, seconds: Floats) -> None:
+    """Wall-clock ticks on the upper edge, each above the frame count reached at that time."""
+    known = np.isfinite(frames) & np.isfinite(seconds)
+    x, time = np.append(0, frames[known]), np.append(0, np.maximum.accumulate(seconds[known]))
+    unit, name = (3600.0, "hours") if time[-1] > 3 * 3600 else (60.0, "minutes")
+    ticks = [tick for tick in MaxNLocator(8).tick_values(0, time[-1] / unit) if 0 <= tick * unit <= time[-1]]
+    top = axes.twiny()
+    top.set_xlim(axes.get_xlim())
+    top.set_xticks(np.interp(np.array(ticks) * unit, time, x), [f"{tick:g}" for tick in ticks])
+    top.set_xlabel(f"wall-clock [{name}]", color=FAINT)
+    top.tick_params(colors=FAINT, labelsize=9)
+    top.spines[:].set_visible(False)
+
+
+def _two_kinds(axes: Axes, x: Floats | NDArray[np.int64], y: Floats, whole: NDArray[np.bool_]) -> None:
+    edge: dict[str, Any] = {"edgecolors": "white", "linewidths": 0.6, "zorder": 3}
+    axes.scatter(x[whole], y[whole], s=34, color=BLUE, marker="o", label=f"lap finished ({whole.sum()})", **edge)
+    axes.scatter(x[~whole], y[~whole], s=46, color=RED, marker="X", label=f"not finished ({(~whole).sum()})", **edge)
+
+
+def _equal_speeds(axes: Axes, speeds: Sequence[float]) -> None:
+    """Faint lines of equal average speed along the centre line, each named where it leaves the picture."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    for speed in speeds:
+        slope = TRACK_DETAIL_STEP / speed  # seconds per tile
+        x = min(right, top / slope)
+        if x <= left or x * slope <= bottom:
+            continue
+        axes.plot([left, x], [left * slope, x * slope], color=GRID, linewidth=1.2, zorder=1)
+        axes.annotate(
+            f"{speed:g} units/s", (x, x * slope), (-2, 2), textcoords="offset points", color=FAINT, size=8, ha="right"
+        )
+
+
+def _lap_return(seconds: ArrayLike) -> Floats:
+    return 1000 - COST_PER_SECOND * np.asarray(seconds, dtype=np.float64)
+
+
+def _lap_seconds(returns: ArrayLike) -> Floats:
+    return (1000 - np.asarray(returns, dtype=np.float64)) / COST_PER_SECOND
+
+
+def _draw_road(axes: Axes, center: Floats) -> None:
+    """The road as a closed band, ``TRACK_WIDTH`` to either side of its centre line."""
+    along = np.roll(center, -1, axis=0) - np.roll(center, 1, axis=0)
+    along /= np.linalg.norm(along, axis=1, keepdims=True)
+    across = TRACK_WIDTH * np.stack([-along[:, 1], along[:, 0]], axis=1)
+    ring = [np.concatenate([side, side[:1]]) for side in (center + across, center - across)]
+    axes.fill(*np.concatenate([ring[0], ring[1][::-1]]).T, color=ROAD, linewidth=0, zorder=1)
+
+
+def _colored_line(axes: Axes, points: Floats, speed: Floats) -> LineCollection:
+    pieces = np.stack([points[:-1], points[1:]], axis=1)  # (t - 1, 2, 2)
+    line = LineCollection(list(pieces), cmap="viridis", linewidths=2.2, capstyle="round", zorder=3)
+    line.set_array((speed[:-1] + speed[1:]) / 2)
+    axes.add_collection(line)
+    axes.autoscale_view()
+    return line
+
+
+def _histogram(axes: Axes, name: str, values: Floats, low: float, color: str) -> None:
+    _style(axes, f"{name}, mean {values.mean():.2f}")
+    share = np.full(len(values), 100 / max(len(values), 1))
+    axes.hist(
+        values, bins=np.linspace(low, 1, 21).tolist(), weights=share, color=color, edgecolor="white", linewidth=0.6
+    )
+    axes.set_xlim(low, 1)
+    axes.set_xlabel(name)
