@@ -1,0 +1,203 @@
+"""The saved policy: weights plus the observation pipeline they were trained with, in one file without pickles.
+
+Format: safetensors. The tensors are the network's; the header holds one JSON text under ``carracing-policy`` with the
+observation and network parameters. Reading it executes nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pipeline.agent.network import DrivingNetwork, network_kwargs
+from pipeline.config import NetworkParams, ObservationParams
+
+HEADER_KEY = "carracing-policy"
+FORMAT_VERSION = 1
+MAX_ZIP_MEMBER = 256 * 1024 * 1024
+"""Bytes of weights accepted from a third-party zip; a small file can unpack to terabytes."""
+
+
+class PolicyError(Exception):
+    """A policy file that can't be used: what was expected, what came."""
+
+
+class Policy:
+    """A network ready to drive, and what it needs to see.
+
+    Attributes:
+        observation: Frame skip, stack, size, colour and action axes the network was trained with.
+        network: Shape of the network.
+        info: What else the file says of its training (agent steps, versions), as JSON values.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, th.Tensor],
+        observation: ObservationParams,
+        network: NetworkParams,
+        info: dict[str, Any],
+    ) -> None:
+        self.observation, self.network, self.info = observation, network, info
+        self.module = build_network(observation, network)
+        expected = _without_aliases(self.module.state_dict())
+        wrong = [k for k in expected.keys() | weights.keys() if _shape(expected, k) != _shape(weights, k)]
+        if wrong:
+            key = min(wrong)
+            raise PolicyError(f"weights {key}: expected shape {_shape(expected, key)}, got {_shape(weights, key)}")
+        self.module.load_state_dict(weights, strict=False)  # the names left out are aliases of those checked above
+        self.module.set_training_mode(False)
+
+    def predict(self, observations: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Deterministic actions: (n, c, h, w) uint8 -> (n, 2) or (n, 3) float32 on the policy's own axes."""
+        with th.inference_mode():
+            actions = self.module.get_distribution(th.from_numpy(observations)).mode()
+        low, high = self.module.action_space.low, self.module.action_space.high  # type: ignore[attr-defined]
+        clipped: NDArray[np.float32] = np.clip(actions.numpy(), low, high)
+        return clipped
+
+    def value(self, observations: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(n,) the critic's estimate of the (normalised, shaped) return."""
+        with th.inference_mode():
+            values: NDArray[np.float32] = self.module.predict_values(th.from_numpy(observations)).numpy()[:, 0]
+        return values
+
+
+def _without_aliases(weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
+    """SB3 lists the shared features extractor three times; keep it once."""
+    return {k: v for k, v in weights.items() if not k.startswith(("pi_features_extractor.", "vf_features_extractor."))}
+
+
+def _shape(tensors: dict[str, th.Tensor], key: str) -> tuple[int, ...] | None:
+    return tuple(tensors[key].shape) if key in tensors else None
+
+
+def spaces_of(observation: ObservationParams) -> tuple[spaces.Box, spaces.Box]:
+    """The network's observation and action space."""
+    channels = observation.frames_stack * (1 if observation.grayscale else 3)
+    size = observation.resize
+    low = [-1, -1] if observation.action_axes == "steer_throttle" else [-1, 0, 0]
+    return (
+        spaces.Box(0, 255, (channels, size, size), np.uint8),
+        spaces.Box(np.array(low, np.float32), np.ones(len(low), np.float32)),
+    )
+
+
+def build_network(observation: ObservationParams, network: NetworkParams) -> DrivingNetwork:
+    """A fresh float32 network on the CPU."""
+    observation_space, action_space = spaces_of(observation)
+    return DrivingNetwork(observation_space, action_space, lambda _: 0.0, **network_kwargs(network))
+
+
+def save(path: Path, module: DrivingNetwork, params: ObservationParams, network: NetworkParams, steps: int) -> None:
+    """Write a policy file; the same weights give the same bytes."""
+    header = {
+        "format": FORMAT_VERSION,
+        "observation": _only(ObservationParams, params),
+        "network": _only(NetworkParams, network),
+        "info": {"agent_steps": steps, "gymnasium": gym.__version__},
+    }
+    weights = {k: v.detach().cpu().contiguous() for k, v in _without_aliases(module.state_dict()).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file(weights, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
+    temporary.replace(path)
+
+
+def _only(kind: type[ObservationParams] | type[NetworkParams], params: Any) -> dict[str, Any]:
+    return {key: getattr(params, key) for key in kind.model_fields}
+
+
+def load(path: Path, observation: ObservationParams | None = None) -> Policy:
+    """Read a policy: ours, or an SB3 zip, for which ``observation`` says what it was trained to see.
+
+    Raises:
+        PolicyError: The file is missing, damaged, of another format, or does not fit the observation.
+    """
+    if not path.is_file():
+        raise PolicyError(f"{path}: no such file; train one with `python -m pipeline.train`")
+    try:
+        if path.suffix == ".zip":
+            return _load_sb3_zip(path, observation)
+        return _load_safetensors(path)
+    except PolicyError as error:
+        raise PolicyError(f"{path}: {error}") from None
+
+
+def _load_safetensors(path: Path) -> Policy:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        header = json.loads(metadata[HEADER_KEY])
+        if header["format"] != FORMAT_VERSION:
+            raise PolicyError(f"format {header['format']}; this version reads format {FORMAT_VERSION}")
+        observation, network = ObservationParams(**header["observation"]), NetworkParams(**header["network"])
+        return Policy(weights, observation, network, dict(header["info"]))
+    except (SafetensorError, OSError) as error:
+        raise PolicyError(f"not a policy file, or damaged ({error})") from None
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise PolicyError(
+            f"no valid {HEADER_KEY} header ({type(error).__name__}); was it saved by this project?"
+        ) from None
+
+
+# Third-party policies: SB3 zips of CnnPolicy. Weights are read with torch's weights-only loader; the pickles inside
+# `data` are never loaded, so the network's shape is read off the weights.
+
+
+def _load_sb3_zip(path: Path, observation: ObservationParams | None) -> Policy:
+    if observation is None:
+        raise PolicyError("an SB3 zip does not say what it was trained to see; give the observation parameters")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            weights = th.load(io.BytesIO(_member(archive, "policy.pth")), map_location="cpu", weights_only=True)
+            description = _member(archive, "data").decode()
+    except PolicyError:
+        raise
+    except Exception as error:  # zipfile and torch raise a dozen types for damaged and for hostile files
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise PolicyError(f"not a readable SB3 zip ({reason})") from None
+    network = _infer_network(weights, description)
+    return Policy(_without_aliases(weights), observation, network, {"source": "stable-baselines3 zip"})
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    try:
+        info = archive.getinfo(name)
+    except KeyError:
+        raise PolicyError(f"no {name} inside; is it a model saved by stable-baselines3?") from None
+    if info.file_size > MAX_ZIP_MEMBER:
+        raise PolicyError(f"{name} unpacks to {info.file_size:,} bytes; at most {MAX_ZIP_MEMBER:,} are accepted")
+    return archive.read(info)
+
+
+def _infer_network(weights: dict[str, th.Tensor], description: str) -> NetworkParams:
+    try:
+        log_std = weights["log_std"]
+        hidden = [k for k in sorted(weights) if re.match(r"mlp_extractor\.policy_net.*weight", k)]
+        activation = re.search(r"torch\.nn\.modules\.activation\.(ReLU|GELU|Tanh)", description)
+        return NetworkParams(
+            cnn_channels=[int(weights[f"features_extractor.cnn.{i}.weight"].shape[0]) for i in (0, 2, 4)],
+            features_dim=int(weights["features_extractor.linear.0.weight"].shape[0]),
+            net_arch=[int(weights[k].shape[0]) for k in hidden],
+            activation=activation.group(1).lower() if activation else "tanh",  # type: ignore[arg-type]
+            ortho_init=False,
+            action_head="gsde" if log_std.ndim == 2 else "gaussian",
+            log_std_init=0.0,
+        )
+    except (KeyError, AttributeError) as error:
+        raise PolicyError(f"not a CnnPolicy with continuous actions: {error} is missing") from None

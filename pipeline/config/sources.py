@@ -1,0 +1,160 @@
+"""Where values come from (``params.yaml``, ``--config`` files, flags), and every mistake in them at once."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import MappingNode, ScalarNode
+
+from pipeline.config.params import Params, all_fields
+from pipeline.config.relations import RELATIONS
+from pipeline.config.words import describe
+
+PARAMS_FILE = Path("params.yaml")
+
+P = TypeVar("P", bound=Params)
+
+
+class ConfigError(Exception):
+    """All mistakes of the parameters, one per line."""
+
+    def __init__(self, mistakes: Sequence[str]) -> None:
+        self.mistakes = list(mistakes)
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        super().__init__(f"{count} in the parameters\n" + "\n".join(f"  {m}" for m in mistakes))
+
+
+@dataclass(frozen=True)
+class Value:
+    """A raw value and where it was written: ``params.yaml:12`` or ``--seed``."""
+
+    value: Any
+    origin: str
+
+
+def read_file(path: Path, mistakes: list[str]) -> dict[str, Value]:
+    """Read a flat YAML 1.2 or JSON mapping; duplicate keys and broken syntax are added to ``mistakes``."""
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        mistakes.append(f"{path}: no such file")
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        mistakes.append(f"{path}: can't be read: {error}")
+        return {}
+    except MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        mistakes.append(f"{path}{line}: not valid YAML: {error.problem}")
+        return {}
+    except Exception as error:  # ruamel raises several unrelated types for control characters and bad escapes
+        mistakes.append(f"{path}: not valid YAML: {' '.join(str(error).split())}")
+        return {}
+    if node is None:
+        return {}
+    if not isinstance(node, MappingNode):
+        mistakes.append(f"{path}: expected `key: value` lines, got a {node.tag.rsplit(':', 1)[-1]}")
+        return {}
+    return _read_mapping(path, node, yaml, mistakes)
+
+
+def _read_mapping(path: Path, node: MappingNode, yaml: Any, mistakes: list[str]) -> dict[str, Value]:
+    values: dict[str, Value] = {}
+    for key_node, value_node in node.value:
+        origin = f"{path}:{key_node.start_mark.line + 1}"
+        key = key_node.value if isinstance(key_node, ScalarNode) else str(key_node.tag)
+        if key in values:
+            mistakes.append(f"{key} ({origin}): duplicate key; first given at {values[key].origin}")
+            continue
+        try:
+            value = yaml.constructor.construct_object(value_node, deep=True)
+        except Exception as error:  # tags such as !!python/object, bad timestamps: every one a user's mistake
+            mistakes.append(f"{key} ({origin}): can't be read: {str(error).splitlines()[0]}")
+            continue
+        values[key] = Value(value, origin)
+    return values
+
+
+def read_sources(
+    config_files: Sequence[Path], flags: dict[str, str], mistakes: list[str], params_file: Path = PARAMS_FILE
+) -> dict[str, Value]:
+    """Merge ``params.yaml``, ``--config`` files and flags; later sources win."""
+    if not params_file.exists():
+        raise ConfigError([f"{params_file}: no such file here; run this from the project's folder"])
+    values = read_file(params_file, mistakes)
+    for path in config_files:
+        values.update(read_file(path, mistakes))
+    values.update({key: Value(_read_flag(text), "--" + key.replace("_", "-")) for key, text in flags.items()})
+    return values
+
+
+def _read_flag(text: str) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except Exception:  # not YAML: the type check below says what was expected
+        return text
+
+
+@functools.cache
+def _adapter(key: str) -> TypeAdapter[Any]:
+    field = all_fields()[key]
+    annotation: Any = Annotated[field.annotation, field]
+    return TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def check(values: dict[str, Value], mistakes: list[str]) -> dict[str, Any]:
+    """Check every key by itself, then the relations; returns the valid ones."""
+    fields = all_fields()
+    valid: dict[str, Any] = {}
+    for key, given in values.items():
+        if key not in fields:
+            mistakes.append(f"{key} ({given.origin}): unknown key{_suggestion(key, fields)}")
+            continue
+        try:
+            valid[key] = _adapter(key).validate_python(given.value)
+        except ValidationError:
+            mistakes.append(f"{key} = {shown_value(given.value)} ({given.origin}): expected {describe(fields[key])}")
+    mistakes += [f"{key}: missing; expected {describe(field)}" for key, field in fields.items() if key not in values]
+    for rule in RELATIONS:
+        keys = list(inspect.signature(rule).parameters)
+        if all(key in valid for key in keys) and (problem := rule(*(valid[key] for key in keys))):
+            mistakes.append(f"{keys[0]} = {shown_value(valid[keys[0]])} ({values[keys[0]].origin}): {problem}")
+    return valid
+
+
+def _suggestion(key: str, known: dict[str, FieldInfo]) -> str:
+    near = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else "; `python -m pipeline.config show` lists the known ones"
+
+
+def shown_value(value: object) -> str:
+    """A value as it stands in the file, cut to 60 characters."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def load(stage: type[P], config_files: Sequence[Path] = (), **flags: Any) -> P:
+    """The stage's effective parameters; ``flags`` override by key. Raises :class:`ConfigError` with all mistakes."""
+    mistakes: list[str] = []
+    values = read_sources(config_files, {}, mistakes)
+    values.update({key: Value(value, key) for key, value in flags.items()})
+    return build(stage, values, mistakes)
+
+
+def build(stage: type[P], values: dict[str, Value], mistakes: list[str]) -> P:
+    """Check all keys, keep the stage's own. Raises :class:`ConfigError` with all mistakes."""
+    valid = check(values, mistakes)
+    if mistakes:
+        raise ConfigError(mistakes)
+    return stage(**{key: valid[key] for key in stage.model_fields})

@@ -1,0 +1,188 @@
+"""Play given tracks with a policy on the stock game, and say how well it drove.
+
+An episode is a function of the policy file and the track alone: each is played by one process on one thread, so the
+numbers do not depend on how many cores the machine has.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gymnasium.envs.box2d.car_racing import FPS
+from scipy import stats
+
+from pipeline.agent.policy import Policy, load
+from pipeline.config import ObservationParams, cores
+from pipeline.sim.env import make_env
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One drive on one track of the stock game.
+
+    Attributes:
+        track: Seed given to ``CarRacing-v3``'s reset.
+        episode_return: Raw, undiscounted sum of the game's rewards.
+        frames: Physics frames driven, 1000 at most.
+        lap_finished: All tiles were visited.
+        tiles: Road tiles visited.
+        n_tiles: Road tiles of the track.
+    """
+
+    track: int
+    episode_return: float
+    frames: int
+    lap_finished: bool
+    tiles: int
+    n_tiles: int
+
+
+def drive(policy: Policy, track: int, env: Any = None) -> Episode:
+    """One deterministic episode on the stock game. ``env`` is reused if given (made by ``make_env``)."""
+    env = env or make_env(policy.observation)
+    observation, _ = env.reset(seed=track)
+    total, done, info = 0.0, False, {}
+    while not done:
+        observation, reward, terminated, truncated, info = env.step(policy.predict(observation[None])[0])
+        total += reward
+        done = terminated or truncated
+    frames = round(info["lap_time"] * FPS)
+    return Episode(track, round(total, 6), frames, bool(info["lap_finished"]), info["tiles"], info["n_tiles"])
+
+
+class Evaluator:
+    """Worker processes that play tracks, kept between calls: starting one costs 3 s of imports.
+
+    Use as a context manager. ``n_workers`` 0 means one per core.
+    """
+
+    def __init__(self, n_workers: int = 0) -> None:
+        workers = n_workers or cores()
+        # spawn: the parent may hold torch threads and open databases, neither of which survives a fork.
+        self._pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_prepare_worker)
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the workers; tracks not begun are dropped."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def play(
+        self,
+        policy: Path,
+        tracks: Sequence[int],
+        observation: ObservationParams | None = None,
+        on_episode: Callable[[Episode], None] | None = None,
+    ) -> list[Episode]:
+        """Drive every track once; episodes in the order of ``tracks``.
+
+        Args:
+            policy: Policy file, ours or an SB3 zip.
+            tracks: Track seeds.
+            observation: What an SB3 zip was trained to see.
+            on_episode: Called as each track ends, in any order.
+        """
+        stamp = policy.stat().st_mtime_ns  # a file written again under the same name is another policy
+        futures = [self._pool.submit(_drive_in_worker, policy, stamp, observation, track) for track in tracks]
+        for future in as_completed(futures):
+            if on_episode:
+                on_episode(future.result())
+        return [future.result() for future in futures]
+
+
+def _prepare_worker() -> None:
+    import signal
+
+    import cv2
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(path: Path, stamp: int, observation: ObservationParams | None) -> tuple[Policy, Any]:
+    policy = load(path, observation)
+    return policy, make_env(policy.observation)
+
+
+def _drive_in_worker(path: Path, stamp: int, observation: ObservationParams | None, track: int) -> Episode:
+    policy, env = _loaded(path, stamp, observation)
+    return drive(policy, track, env)
+
+
+def summarize(episodes: Sequence[Episode], bootstrap_samples: int = 10_000) -> dict[str, float]:
+    """The figures of a set of episodes.
+
+    IQM is the mean of the middle half, with a 95% percentile bootstrap interval over tracks (Agarwal et al. 2021, "Deep
+    reinforcement learning at the edge of the statistical precipice"). ``std`` is the population's.
+    """
+    returns = np.array([e.episode_return for e in episodes])
+    low, high = iqm_interval(returns, bootstrap_samples)
+    figures = {
+        "mean": returns.mean(),
+        "std": returns.std(),
+        "min": returns.min(),
+        "p10": np.percentile(returns, 10),
+        "median": np.median(returns),
+        "max": returns.max(),
+        "iqm": iqm(returns),
+        "iqm_ci_low": low,
+        "iqm_ci_high": high,
+        "laps_finished": np.mean([e.lap_finished for e in episodes]),
+        "mean_frames": np.mean([e.frames for e in episodes]),
+        "mean_tiles": np.mean([e.tiles / e.n_tiles for e in episodes]),
+    }
+    return {"n_tracks": len(episodes), **{key: round(float(value), 4) for key, value in figures.items()}}
+
+
+def iqm(returns: np.ndarray[Any, Any], axis: int = -1) -> Any:
+    """Interquartile mean along an axis."""
+    return stats.trim_mean(returns, 0.25, axis=axis)
+
+
+def iqm_interval(returns: np.ndarray[Any, Any], samples: int) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the IQM; repeatable, since its random numbers are seeded."""
+    if len(returns) < 2:
+        return float(returns[0]), float(returns[0])
+    draws = np.random.default_rng(0).choice(returns, (samples, len(returns)))
+    low, high = np.percentile(iqm(draws, axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def write_table(path: Path, episodes: Iterable[Episode]) -> None:
+    """The per-track table as CSV, one row an episode."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Episode)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(e) for e in episodes)
+
+
+def read_table(path: Path) -> list[Episode]:
+    """Read what :func:`write_table` wrote."""
+    with path.open(newline="") as file:
+        return [
+            Episode(
+                track=int(row["track"]),
+                episode_return=float(row["episode_return"]),
+                frames=int(row["frames"]),
+                lap_finished=row["lap_finished"] == "True",
+                tiles=int(row["tiles"]),
+                n_tiles=int(row["n_tiles"]),
+            )
+            for row in csv.DictReader(file)
+        ]

@@ -1,0 +1,242 @@
+"""The way of a frame: CarRacing -> frame skip -> action axes -> shaping -> preprocessing -> stack.
+
+One wrapper is one transformation. :func:`make_env` names them all in order. The state of an environment is the number
+of its episode and the actions since: :class:`TrackSequence` and :meth:`FrameStack.replay` bring it back exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from pipeline.config import FIRST_TRAINING_TRACK, ObservationParams, TrainParams
+from pipeline.sim.car_racing import LazyCarRacing
+
+Observation = NDArray[np.uint8]
+Step = tuple[Any, float, bool, bool, dict[str, Any]]
+
+
+class FrameSkip(gym.Wrapper[Any, Any, Any, Any]):
+    """Hold each action for ``skip`` physics frames, add up their rewards, draw the last picture only."""
+
+    def __init__(self, env: gym.Env[Any, Any], skip: int) -> None:
+        super().__init__(env)
+        self.skip = skip
+        self.muted = False  # a replay draws nothing until its last decisions
+        self._car_racing: LazyCarRacing = env.unwrapped  # type: ignore[assignment]
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        self._car_racing.drawing = not self.muted
+        return self.env.reset(**kwargs)
+
+    def step(self, action: Any) -> Step:
+        total = 0.0
+        for frame in range(self.skip):
+            self._car_racing.drawing = frame == self.skip - 1 and not self.muted
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                # The last picture of an episode that ended between decisions was not drawn yet.
+                if not self._car_racing.drawing and not self.muted:
+                    observation = self._car_racing.picture()
+                break
+        return observation, total, terminated, truncated, info
+
+
+class SteerThrottle(gym.ActionWrapper[Any, Any, Any]):
+    """Two axes in [-1, 1]: steering, and throttle (> 0 is gas, < 0 is brake): never both pedals at once."""
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def action(self, action: NDArray[np.float32]) -> NDArray[np.float32]:
+        return to_pedals(action)
+
+
+def to_pedals(action: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(..., 2) steer and throttle -> (..., 3) steer [-1, 1], gas [0, 1], brake [0, 1]."""
+    steer, throttle = action[..., 0], action[..., 1]
+    return np.stack([steer, np.maximum(throttle, 0), np.maximum(-throttle, 0)], axis=-1).astype(np.float32)
+
+
+class Shaping(gym.Wrapper[Any, Any, Any, Any]):
+    """The training reward: the game's own, less penalties; and an early end of hopeless episodes.
+
+    Scores never see this wrapper. ``info["raw_return"]`` carries the game's own return of the episode so far.
+    Speeds are in world units/s, so ``speed / 50`` is the way of one frame at 50 frames/s.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], params: TrainParams) -> None:
+        super().__init__(env)
+        self.params = params
+        self._car_racing: LazyCarRacing = env.unwrapped  # type: ignore[assignment]
+        self._raw_return = 0.0
+        self._frames = self._frames_on_grass = self._frames_stalled = self._tiles = 0
+        self._steer = 0.0
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        self._raw_return, self._steer = 0.0, 0.0
+        self._frames = self._frames_on_grass = self._frames_stalled = self._tiles = 0
+        return self.env.reset(**kwargs)
+
+    def step(self, action: NDArray[np.float32]) -> Step:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._raw_return += float(reward)
+        shaped = float(reward) - self._penalties(action)
+        if not (terminated or truncated) and self._hopeless():
+            shaped -= self.params.early_end_penalty
+            terminated = True
+            info["early_end"] = True
+        info["raw_return"] = self._raw_return
+        return observation, shaped, terminated, truncated, info
+
+    def _penalties(self, action: NDArray[np.float32]) -> float:
+        params, car = self.params, self._car_racing
+        frames = car.frames - self._frames
+        off_road = car.wheels_on_grass()
+        self._frames = car.frames
+        self._frames_on_grass = self._frames_on_grass + frames if off_road >= 0.75 else 0
+        self._frames_stalled = 0 if car.tile_visited_count > self._tiles else self._frames_stalled + frames
+        self._tiles = car.tile_visited_count
+        steer_change = float(action[0]) - self._steer
+        self._steer = float(action[0])
+        return (
+            params.grass_penalty * off_road * car.speed() / 50 * frames
+            + params.time_penalty * frames
+            + params.steer_penalty * steer_change**2
+        )
+
+    def _hopeless(self) -> bool:
+        grass, stall = self.params.grass_limit, self.params.stall_limit
+        return bool((grass and self._frames_on_grass >= grass) or (stall and self._frames_stalled >= stall))
+
+
+class Preprocess(gym.ObservationWrapper[Any, Any, Any]):
+    """(96, 96, 3) or (96, 96) uint8 -> (channels, size, size) uint8, gray if asked, scaled by area."""
+
+    def __init__(self, env: gym.Env[Any, Any], grayscale: bool, size: int) -> None:
+        super().__init__(env)
+        self.grayscale, self.size = grayscale, size
+        channels = 1 if grayscale else 3
+        self.observation_space = spaces.Box(0, 255, (channels, size, size), np.uint8)
+
+    def observation(self, observation: NDArray[np.uint8]) -> Observation:
+        return preprocess(observation, self.grayscale, self.size)
+
+
+def preprocess(picture: NDArray[np.uint8], grayscale: bool, size: int) -> Observation:
+    """(96, 96, 3) or (96, 96) uint8 picture -> (1 or 3, size, size) uint8."""
+    image: Any = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) if grayscale and picture.ndim == 3 else picture
+    if size != picture.shape[0]:
+        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+    result: Observation = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
+    return result
+
+
+class FrameStack(gym.Wrapper[Any, Any, Any, Any]):
+    """(c, h, w) -> (stack x c, h, w) uint8, newest last; an episode starts with its first picture repeated."""
+
+    def __init__(self, env: gym.Env[Any, Any], stack: int) -> None:
+        super().__init__(env)
+        assert isinstance(env.observation_space, spaces.Box)
+        self.channels, height, width = env.observation_space.shape
+        self.stack = stack
+        self.observation_space = spaces.Box(0, 255, (stack * self.channels, height, width), np.uint8)
+        self._frames: Observation = np.zeros(self.observation_space.shape, np.uint8)
+
+    def reset(self, **kwargs: Any) -> tuple[Observation, dict[str, Any]]:
+        picture, info = self.env.reset(**kwargs)
+        self._frames = np.tile(picture, (self.stack, 1, 1))
+        return self._frames, info
+
+    def step(self, action: Any) -> Step:
+        picture, reward, terminated, truncated, info = self.env.step(action)
+        self._frames = np.concatenate([self._frames[self.channels :], picture])
+        return self._frames, float(reward), terminated, truncated, info
+
+
+class TrackSequence(gym.Wrapper[Any, Any, Any, Any]):
+    """Each ``reset()`` starts the next episode of this environment's own sequence of training tracks.
+
+    Episode ``k`` of environment ``index`` drives the track of :func:`training_track` whatever came before, so
+    ``(episode, actions since)`` is the whole state; :meth:`replay` brings it back. ``reset(seed=n)`` drives track ``n``
+    and does not advance the sequence.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], seed: int, index: int) -> None:
+        super().__init__(env)
+        self.seed, self.index = seed, index
+        self.episode = -1
+        self._frame_skip = find_wrapper(env, FrameSkip)
+        self._stack = find_wrapper(env, FrameStack).stack
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        if seed is None:
+            self.episode += 1
+            seed = training_track(self.seed, self.index, self.episode)
+        observation, info = self.env.reset(seed=seed, options=options)
+        return observation, {**info, "episode_index": self.episode, "track": seed}
+
+    def replay(self, episode: int, actions: NDArray[np.float32]) -> Observation:
+        """Return to the state after ``actions`` (t, action_dim) in ``episode``; returns its observation.
+
+        Only the pictures that are still in the stack are drawn, so a replay costs physics alone (0.05 ms a frame).
+        """
+        self.episode = episode - 1
+        undrawn = len(actions) - self._stack
+        self._frame_skip.muted = undrawn >= 0
+        observation, _ = self.reset()
+        for t, action in enumerate(actions):
+            self._frame_skip.muted = t < undrawn
+            observation, *_ = self.env.step(action)
+        return observation
+
+
+def training_track(seed: int, index: int, episode: int) -> int:
+    """Track of an episode: a hash of all three, at or above ``FIRST_TRAINING_TRACK``."""
+    word = int(np.random.SeedSequence([seed, index, episode]).generate_state(1)[0])
+    return FIRST_TRAINING_TRACK + word % (2**31 - FIRST_TRAINING_TRACK)
+
+
+def find_wrapper(env: gym.Env[Any, Any], kind: type[Any]) -> Any:
+    """The wrapper of that class within ``env``."""
+    while not isinstance(env, kind):
+        if not isinstance(env, gym.Wrapper):
+            raise LookupError(f"no {kind.__name__} in {env}")
+        env = env.env
+    return env
+
+
+STOCK, FAST = "LazyCarRacing-v3", "FastCarRacing-v3"
+
+
+def make_env(observation: ObservationParams, game: str = STOCK, render_mode: str | None = None) -> gym.Env[Any, Any]:
+    """The game as a policy plays it: raw reward, stock rules, and by default stock pictures."""
+    env = FrameSkip(gym.make(game, render_mode=render_mode, disable_env_checker=True), observation.frame_skip)
+    return _observed(_driven(env, observation), observation)
+
+
+def make_training_env(params: TrainParams, index: int) -> TrackSequence:
+    """Environment ``index`` of a training: shaped reward, its own endless sequence of tracks."""
+    gray = {"grayscale": params.grayscale} if params.env_id == FAST else {}
+    game = FAST if params.env_id == FAST else STOCK
+    env: gym.Env[Any, Any] = FrameSkip(gym.make(game, disable_env_checker=True, **gray), params.frame_skip)
+    env = Shaping(_driven(env, params), params)
+    return TrackSequence(_observed(env, params), params.seed, index)
+
+
+def _driven(env: gym.Env[Any, Any], observation: ObservationParams) -> gym.Env[Any, Any]:
+    return SteerThrottle(env) if observation.action_axes == "steer_throttle" else env
+
+
+def _observed(env: gym.Env[Any, Any], observation: ObservationParams) -> gym.Env[Any, Any]:
+    env = Preprocess(env, observation.grayscale, observation.resize)
+    return FrameStack(env, observation.frames_stack)
