@@ -47,12 +47,13 @@ def learning_curve(history: Sequence[Mapping[str, float | None]], path: str | Pa
     frames = _column(history, "frames")
     _line(axes, frames, _column(history, "ep_rew_mean"), "training, sampled actions", color=ORANGE)
     score = _column(history, "eval_mean")
-    _line(axes, frames, score, "validation tracks", color=BLUE, marker="o", markersize=4)
+    band = "± 1 std" if not np.isfinite(_column(history, "eval_low")).any() else "with interval"
+    _line(axes, frames, score, f"validation, {band}", color=BLUE, marker="o", markersize=5)
     _band(axes, frames, *_interval(history, score))
-    _level(axes, SOLVED, "900")
+    _levels(axes, [(SOLVED, "900", FAINT)])
     axes.set_xlim(0, max(float(np.nanmax(frames, initial=1)), 1))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.legend(loc="lower right", frameon=False)
+    _legend(axes, loc="lower right")
     seconds = _column(history, "seconds")
     if np.isfinite(seconds).any():
         _clock(axes, frames, seconds)
@@ -74,17 +75,12 @@ def returns_by_track(
     whole = np.array([finished[track] for track in tracks], dtype=bool)
     rank = np.arange(1, len(tracks) + 1)
     solved = int((values >= SOLVED).sum())
-    title = f"{len(values)} tracks: {values.mean():.1f} ± {values.std():.1f}, {solved} at 900 or more"
-    figure, axes = _figure(title, "tracks, worst first", "raw return")
+    title = f"{values.mean():.1f} ± {values.std():.1f} on {len(values)} tracks, {solved} ≥ 900"
+    worst = ", ".join(str(track) for track in tracks[:3]) + (" …" if len(tracks) > 3 else "")
+    figure, axes = _figure(title, f"tracks, worst first: {worst}", "raw return")
     _two_kinds(axes, rank, values, whole)
-    _level(axes, ANCHOR, "914 best published", color=GREEN)
-    _level(axes, SOLVED, "900 solved", below=True)
-    _level(axes, float(values.mean()), "mean", color=BLUE)
-    for n in range(min(3, len(tracks))):
-        axes.annotate(
-            f"track {tracks[n]}", (rank[n], values[n]), (8, -3), textcoords="offset points", color=FAINT, size=8
-        )
-    axes.legend(loc="lower right", frameon=False)
+    mean = float(values.mean())
+    _levels(axes, [(ANCHOR, "914 published", GREEN), (SOLVED, "900 solved", FAINT), (mean, f"{mean:.0f} mean", BLUE)])
     return _finish(figure, path)
 
 
@@ -100,21 +96,28 @@ def lap_time_vs_tiles(
         path: PNG to write.
     """
     tiles, times, whole = np.asarray(n_tiles, float), np.asarray(lap_times, float), np.asarray(finished, bool)
-    figure, axes = _figure("Lap time by length of the track", "tiles of the track", "lap time [s]")
+    figure, axes = _figure(
+        "Lap time and track length", "tiles of the track; faint: equal speed [units/s]", "lap time [s]"
+    )
     _two_kinds(axes, tiles, times, whole)
     axes.margins(0.08)
     axes.autoscale(False)
     _equal_speeds(axes, (40, 50, 60, 70, 80, 90))
     right = axes.secondary_yaxis("right", functions=(_lap_return, _lap_seconds))
     right.set_ylabel("return of a full lap", color=FAINT)
-    right.tick_params(colors=FAINT)
+    right.tick_params(colors=FAINT, labelsize=9)
     right.spines["right"].set_visible(False)
-    axes.legend(loc="upper left", frameon=False)
     return _finish(figure, path)
 
 
 def track_map(
-    track: ArrayLike, trajectory: ArrayLike, speed: ArrayLike, lost: ArrayLike = (), path: str | Path | None = None
+    track: ArrayLike,
+    trajectory: ArrayLike,
+    speed: ArrayLike,
+    lost: ArrayLike = (),
+    path: str | Path | None = None,
+    *,
+    title: str = "Driven line",
 ) -> Figure:
     """The road from above with the driven line in the colour of its speed.
 
@@ -124,9 +127,10 @@ def track_map(
         speed: Speed at each of them, (t,) world units per second.
         lost: Places where the car left the road, (m, 2) world units.
         path: PNG to write.
+        title: Written above the map.
     """
     points, pace = np.asarray(trajectory, float), np.asarray(speed, float)
-    figure, axes = _figure("Driven line", size=(7.0, 6.2))
+    figure, axes = _figure(title, size=(7.0, 6.2))
     _draw_road(axes, np.asarray(track, float))
     line = _colored_line(axes, points, pace)
     axes.plot(*points[0], "o", color="white", markeredgecolor=INK, markersize=8, label="start", zorder=4)
@@ -136,9 +140,10 @@ def track_map(
         axes.plot(*places.T, "X", label="left the road", zorder=5, **style)
     axes.set_aspect("equal")
     axes.set_axis_off()
-    axes.legend(loc="best", frameon=False)
+    _legend(axes, loc="best")
     bar = figure.colorbar(line, ax=axes, shrink=0.7, pad=0.02)
     bar.set_label("speed [units/s]", color=INK)
+    bar.ax.tick_params(colors=INK, labelsize=9)
     bar.outline.set_visible(False)
     return _finish(figure, path)
 
@@ -210,12 +215,20 @@ def _band(axes: Axes, x: Floats, low: Floats, high: Floats) -> None:
         axes.fill_between(x[known], low[known], high[known], color=BLUE, alpha=0.15, linewidth=0)
 
 
-def _level(axes: Axes, value: float, label: str, color: str = FAINT, below: bool = False) -> None:
-    axes.axhline(value, color=color, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
-    place: dict[str, Any] = {"xy": (1, value), "xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
-    axes.annotate(
-        label, xytext=(4, 0), color=color, size=8, va="top" if below else "center", annotation_clip=False, **place
-    )
+def _levels(axes: Axes, levels: Sequence[tuple[float, str, str]]) -> None:
+    """Dashed lines at (value, label, color), named at the right edge without writing one name over another."""
+    for value, _, color in levels:
+        axes.axhline(value, color=color, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
+    low, high = axes.get_ylim()
+    place = 0.0
+    for value, label, color in sorted(levels):
+        place = max(place + 0.045, (value - low) / (high - low))  # a name is 0.04 of the axes high
+        axes.text(1.008, place, label, color=color, size=8, va="center", transform=axes.transAxes)
+    axes.set_ylim(low, high)
+
+
+def _legend(axes: Axes, **place: Any) -> None:
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, **place)
 
 
 def _clock(axes: Axes, frames: Floats, seconds: Floats) -> None:
@@ -223,7 +236,11 @@ def _clock(axes: Axes, frames: Floats, seconds: Floats) -> None:
     known = np.isfinite(frames) & np.isfinite(seconds)
     x, time = np.append(0, frames[known]), np.append(0, np.maximum.accumulate(seconds[known]))
     unit, name = (3600.0, "hours") if time[-1] > 3 * 3600 else (60.0, "minutes")
-    ticks = [tick for tick in MaxNLocator(8).tick_values(0, time[-1] / unit) if 0 <= tick * unit <= time[-1]]
+    ticks = [
+        tick
+        for tick in MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(0, time[-1] / unit)
+        if 0 <= tick * unit <= time[-1]
+    ]
     top = axes.twiny()
     top.set_xlim(axes.get_xlim())
     top.set_xticks(np.interp(np.array(ticks) * unit, time, x), [f"{tick:g}" for tick in ticks])
@@ -236,6 +253,7 @@ def _two_kinds(axes: Axes, x: Floats | NDArray[np.int64], y: Floats, whole: NDAr
     edge: dict[str, Any] = {"edgecolors": "white", "linewidths": 0.6, "zorder": 3}
     axes.scatter(x[whole], y[whole], s=34, color=BLUE, marker="o", label=f"lap finished ({whole.sum()})", **edge)
     axes.scatter(x[~whole], y[~whole], s=46, color=RED, marker="X", label=f"not finished ({(~whole).sum()})", **edge)
+    _legend(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.1, handletextpad=0.1)
 
 
 def _equal_speeds(axes: Axes, speeds: Sequence[float]) -> None:
@@ -244,11 +262,18 @@ def _equal_speeds(axes: Axes, speeds: Sequence[float]) -> None:
     for speed in speeds:
         slope = TRACK_DETAIL_STEP / speed  # seconds per tile
         x = min(right, top / slope)
-        if x <= left or x * slope <= bottom:
+        if x <= left + 0.03 * (right - left) or x * slope <= bottom:
             continue
         axes.plot([left, x], [left * slope, x * slope], color=GRID, linewidth=1.2, zorder=1)
+        side, up = ("right", 2) if x == right else ("left", -10)  # above the line, or beside it under the upper edge
         axes.annotate(
-            f"{speed:g} units/s", (x, x * slope), (-2, 2), textcoords="offset points", color=FAINT, size=8, ha="right"
+            f"{speed:g}",
+            (x, x * slope),
+            (3 if up < 0 else -3, up),
+            textcoords="offset points",
+            color=FAINT,
+            size=8,
+            ha=side,
         )
 
 
@@ -279,10 +304,11 @@ def _colored_line(axes: Axes, points: Floats, speed: Floats) -> LineCollection:
 
 
 def _histogram(axes: Axes, name: str, values: Floats, low: float, color: str) -> None:
-    _style(axes, f"{name}, mean {values.mean():.2f}")
+    _style(axes, name)
     share = np.full(len(values), 100 / max(len(values), 1))
-    axes.hist(
-        values, bins=np.linspace(low, 1, 21).tolist(), weights=share, color=color, edgecolor="white", linewidth=0.6
-    )
+    edges = np.linspace(low, 1, 21).tolist()
+    axes.hist(np.clip(values, low, 1), bins=edges, weights=share, color=color, edgecolor="white", linewidth=0.6)
     axes.set_xlim(low, 1)
-    axes.set_xlabel(name)
+    axes.set_xticks(np.linspace(low, 1, 5))
+    limit = np.mean(np.abs(values) >= 0.99)
+    axes.set_xlabel(f"mean {values.mean():.2f}, at full {limit:.0%}".replace("-", "−"))
