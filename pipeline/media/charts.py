@@ -79,6 +79,7 @@ def returns_by_track(
     worst = ", ".join(str(track) for track in tracks[:3]) + (" …" if len(tracks) > 3 else "")
     figure, axes = _figure(title, f"tracks, worst first: {worst}", "raw return")
     _two_kinds(axes, rank, values, whole)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     mean = float(values.mean())
     _levels(axes, [(ANCHOR, "914 published", GREEN), (SOLVED, "900 solved", FAINT), (mean, f"{mean:.0f} mean", BLUE)])
     return _finish(figure, path)
@@ -101,7 +102,10 @@ def lap_time_vs_tiles(
     )
     _two_kinds(axes, tiles, times, whole)
     axes.margins(0.08)
-    axes.autoscale(False)
+    axes.set_xlim(
+        axes.get_xlim()
+    )  # the points alone decide what is shown; autoscale(False) would come before they count
+    axes.set_ylim(axes.get_ylim())
     _equal_speeds(axes, (40, 50, 60, 70, 80, 90))
     right = axes.secondary_yaxis("right", functions=(_lap_return, _lap_seconds))
     right.set_ylabel("return of a full lap", color=FAINT)
@@ -250,9 +254,11 @@ def _clock(axes: Axes, frames: Floats, seconds: Floats) -> None:
 
 
 def _two_kinds(axes: Axes, x: Floats | NDArray[np.int64], y: Floats, whole: NDArray[np.bool_]) -> None:
-    edge: dict[str, Any] = {"edgecolors": "white", "linewidths": 0.6, "zorder": 3}
-    axes.scatter(x[whole], y[whole], s=34, color=BLUE, marker="o", label=f"lap finished ({whole.sum()})", **edge)
-    axes.scatter(x[~whole], y[~whole], s=46, color=RED, marker="X", label=f"not finished ({(~whole).sum()})", **edge)
+    kinds = ((whole, 34, BLUE, "o", "lap finished"), (~whole, 46, RED, "X", "not finished"))
+    for these, size, color, marker, name in kinds:
+        if these.any():
+            style: dict[str, Any] = {"color": color, "marker": marker, "edgecolors": "white", "linewidths": 0.6}
+            axes.scatter(x[these], y[these], size, label=f"{name} ({these.sum()})", zorder=3, **style)
     _legend(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.1, handletextpad=0.1)
 
 

@@ -75,7 +75,9 @@ class FilmWriter:
         self.frames += 1
 
     def close(self) -> None:
-        """Finish the film, read it back and give it its name."""
+        """Finish the film, read it back and give it its name; a second call does nothing."""
+        if self._encoder.closed:
+            return
         try:
             self._encoder.finish()
             self._check(self._encoder.part)
@@ -189,7 +191,7 @@ class _Encoder:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(np.ascontiguousarray(np.pad(frame, self._padding, mode="edge")).data)
-        except (BrokenPipeError, ValueError) as error:  # ValueError: the pipe is closed already
+        except BrokenPipeError as error:
             raise self._error("ffmpeg stopped") from error
         self._frames += 1
 
@@ -210,6 +212,10 @@ class _Encoder:
         with self.part.open("rb") as file:
             os.fsync(file.fileno())
         self.part.replace(self.path)
+
+    @property
+    def closed(self) -> bool:
+        return self._stderr.closed
 
     def abort(self) -> None:
         """Stop ffmpeg and remove the unfinished file; does nothing after `publish`."""

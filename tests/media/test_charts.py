@@ -142,6 +142,12 @@ def test_lap_times_and_their_returns() -> None:
     assert charts._lap_seconds(charts._lap_return(14.0)) == pytest.approx(14.0)
 
 
+def test_unfinished_laps_alone_are_inside_the_picture() -> None:
+    axes = charts.lap_time_vs_tiles([250, 300], [20.0, 20.0], [False, False]).axes[0]
+    assert axes.get_xlim()[0] < 250 < 300 < axes.get_xlim()[1]
+    assert axes.get_ylim()[0] < 20 < axes.get_ylim()[1]
+
+
 def test_lines_of_equal_speed_start_at_the_origin() -> None:
     slopes = {
         round(3.5 / (y[1] / x[1]))  # a tile is 3.5 units long

@@ -112,6 +112,16 @@ def test_film_appears_only_when_complete(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.mp4"]
 
 
+def test_closing_twice_is_harmless_and_writing_afterwards_is_not(tmp_path: Path) -> None:
+    writer = FilmWriter(tmp_path / "a.mp4", (64, 48), fps=25)
+    with writer:
+        writer.write(next(frames(1)))
+        writer.close()
+    assert frame_count(tmp_path / "a.mp4") == 1
+    with pytest.raises(ValueError, match="closed file"):
+        writer.write(next(frames(1)))
+
+
 def test_interrupted_film_leaves_the_old_one(tmp_path: Path) -> None:
     before = film(tmp_path / "a.mp4").read_bytes()
     writer = FilmWriter(tmp_path / "a.mp4", (64, 48), fps=25)
