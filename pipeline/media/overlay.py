@@ -111,7 +111,7 @@ def compose(
     Returns:
         (544, 976, 3) uint8 RGB, see `SIZE`.
     """
-    canvas = _background().copy()
+    canvas: Frame = _background().copy()
     GAME.of(canvas)[:] = _resize(picture, GAME.width, GAME.height)
     _draw_header(canvas, title, telemetry.track)
     _draw_observation(canvas, observation, channels)
@@ -144,7 +144,9 @@ def _draw_header(canvas: Frame, title: str, track: int) -> None:
 def _draw_observation(canvas: Frame, observation: NDArray[np.uint8], channels: int | None) -> None:
     *older, newest = _split(observation, channels)
     big = _enlarge(newest)
-    Box(NEWEST.x, NEWEST.y, big.shape[1], big.shape[0]).of(canvas)[:] = big
+    height, width = big.shape[:2]
+    x, y = (NEWEST.width - width) // 2, (NEWEST.height - height) // 2  # 84 pixels fill the box, other sizes are centred
+    NEWEST.of(canvas)[y : y + height, x : x + width] = big
     if older:
         _draw_older(canvas, older)
 

@@ -77,8 +77,8 @@ def test_no_global_figures_are_kept() -> None:
 
 def test_learning_curve_draws_only_known_values() -> None:
     figure = charts.learning_curve(HISTORY)
-    assert line(figure, "training").get_xydata().tolist() == [[1000, -20], [2000, 300], [3000, 700], [4000, 880]]  # type: ignore[union-attr]
-    assert line(figure, "validation").get_xydata().tolist() == [[2000, 350], [4000, 910]]  # type: ignore[union-attr]
+    assert line(figure, "training").get_xydata().tolist() == [[1000, -20], [2000, 300], [3000, 700], [4000, 880]]
+    assert line(figure, "validation").get_xydata().tolist() == [[2000, 350], [4000, 910]]
 
 
 def band(figure: Figure) -> set[tuple[float, float]]:
@@ -162,7 +162,7 @@ def test_map_shows_the_driven_line_in_its_speed() -> None:
     driven = next(c for c in figure.axes[0].collections if isinstance(c, LineCollection))
     np.testing.assert_allclose(np.array(driven.get_segments())[:, 0], CIRCLE[:149])
     np.testing.assert_allclose(np.asarray(driven.get_array()), (SPEEDS[1:] + SPEEDS[:-1]) / 2)
-    assert line(figure, "left the road").get_xydata().tolist() == [[100, 5]]  # type: ignore[union-attr]
+    assert line(figure, "left the road").get_xydata().tolist() == [[100, 5]]
 
 
 def test_road_is_as_wide_as_the_games_road() -> None:
@@ -175,11 +175,11 @@ def test_road_is_as_wide_as_the_games_road() -> None:
 def test_histograms_count_every_decision() -> None:
     steer = [-1.0, -1.0, 0.05, 0.05, 0.05, 1.0, 1.0, 3.0]
     figure = charts.action_histograms(steer, ACTIONS, ACTIONS)
-    bars = [patch.get_height() for patch in figure.axes[0].patches]  # type: ignore[attr-defined]
+    bars = [patch.get_height() for patch in figure.axes[0].patches]
     assert bars[0] == pytest.approx(25)
     assert bars[-1] == pytest.approx(37.5)
     for axes in figure.axes:
-        assert sum(patch.get_height() for patch in axes.patches) == pytest.approx(100)  # type: ignore[attr-defined]
+        assert sum(patch.get_height() for patch in axes.patches) == pytest.approx(100)
     assert figure.axes[0].get_xlabel() == "mean 0.39, at full 62%"
 
 
