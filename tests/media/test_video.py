@@ -165,6 +165,14 @@ def test_truncated_film_does_not_pass_for_whole(tmp_path: Path) -> None:
         frame_count(tmp_path / "cut.mp4")
 
 
+def test_damaged_film_does_not_pass_for_whole(tmp_path: Path) -> None:
+    data = bytearray(film(tmp_path / "a.mp4", n=24, width=320, height=240).read_bytes())
+    data[-700:-400] = bytes(300)  # picture data; the length stays, so that the index at the front still fits
+    (tmp_path / "bad.mp4").write_bytes(data)
+    with pytest.raises(FilmError, match="does not decode"):
+        frame_count(tmp_path / "bad.mp4")
+
+
 def test_gif_holds_every_frame_at_the_given_speed(tmp_path: Path) -> None:
     write_gif(tmp_path / "a.gif", frames(12), fps=20, max_width=32)
     with Image.open(tmp_path / "a.gif") as gif:
