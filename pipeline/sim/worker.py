@@ -1,0 +1,273 @@
+"""The worker side of the vectorised environment: several environments, a pipe for orders, shared memory for arrays.
+
+A worker imports neither torch nor stable-baselines3 nor the program's main module, so it is small and starts fast. The
+parent sends orders ``(method of EnvSlice, *arguments)`` and gets one reply for each, in order.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import connection
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+Env = gym.Env[Any, Any]
+EnvFn = Callable[[], Env]
+Context = Any  # multiprocessing's contexts have no public common type with Process
+Message = tuple[Any, ...]
+
+TERMINAL = 2
+"""Page of ``SharedArrays.observations`` for last observations of episodes; pages 0 and 1 alternate with the steps."""
+
+
+@dataclass(frozen=True, eq=False)
+class EnvState:
+    """The whole state of a :class:`Replayable` environment.
+
+    Attributes:
+        episode: Number of the episode in the environment's own sequence; the last one if ``seed`` is given.
+        actions: Actions since the episode began, (t, *action_shape).
+        seed: Set if the episode was begun by ``reset(seed=seed)``, outside of the sequence.
+    """
+
+    episode: int
+    actions: NDArray[Any]
+    seed: int | None = None
+
+
+@runtime_checkable
+class Replayable(Protocol):
+    """An environment with a deterministic sequence of episodes, whose state can be brought back exactly.
+
+    ``reset()`` begins the next episode of the sequence and ``reset(seed=...)`` an episode outside of it. The info of
+    both carries the number of the last episode begun in the sequence as ``episode_index`` (-1 before the first).
+    """
+
+    def replay(self, episode: int, actions: NDArray[Any]) -> NDArray[Any]:
+        """Go to the state after ``actions`` (t, *action_shape) in ``episode``; returns its observation."""
+        ...
+
+
+class Failure(NamedTuple):
+    """The reply to an order that was not carried out; ``lost`` if the worker is gone rather than the order wrong."""
+
+    reason: str
+    error: Exception | None = None
+    lost: bool = False
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class SharedArrays:
+    """The arrays that parent and workers share; pickled to a process that is being started, they are mapped again.
+
+    The memory has no name that could be left behind: it is gone when the last process that maps it is gone, however
+    that one ended, and arrays handed out stay valid for as long as somebody holds them.
+
+    Attributes:
+        observations: (3, n_envs, *observation_shape), see :data:`TERMINAL`.
+        actions: (n_envs, *action_shape).
+        rewards: (n_envs,) float32.
+        dones: (n_envs,) bool.
+    """
+
+    observations: NDArray[Any]
+    actions: NDArray[Any]
+    rewards: NDArray[np.float32]
+    dones: NDArray[np.bool_]
+
+    def __init__(
+        self, context: Context, n_envs: int, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]
+    ) -> None:
+        layout = {
+            "observations": ((3, n_envs, *_shape(observation_space)), observation_space.dtype),
+            "actions": ((n_envs, *_shape(action_space)), action_space.dtype),
+            "rewards": ((n_envs,), np.dtype(np.float32)),
+            "dones": ((n_envs,), np.dtype(np.bool_)),
+        }
+        self.__setstate__(
+            {
+                name: (context.RawArray("b", int(np.prod(shape)) * np.dtype(dtype).itemsize), shape, dtype)
+                for name, (shape, dtype) in layout.items()
+            }
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._memory
+
+    def __setstate__(self, memory: dict[str, Any]) -> None:
+        self._memory = memory
+        for name, (raw, shape, dtype) in memory.items():
+            setattr(self, name, np.frombuffer(raw, dtype).reshape(shape))
+
+
+def _shape(space: spaces.Space[Any]) -> tuple[int, ...]:
+    if space.shape is None or space.dtype is None:
+        raise TypeError(f"expected a space of arrays of one shape (Box, Discrete, ...), got {space}")
+    return space.shape
+
+
+class EnvSlice:
+    """The environments of one worker: carries out orders on them, in the order of their index."""
+
+    def __init__(self, shared: SharedArrays) -> None:
+        self._shared = shared
+        self._envs: dict[int, Env] = {}
+
+    def answer(self, order: tuple[Any, ...]) -> Any:
+        """Carry out ``(method name, *arguments)``; what goes wrong comes back as a :class:`Failure`."""
+        try:
+            return getattr(self, order[0])(*order[1:])
+        except Exception as error:
+            return Failure(f"raised\n{traceback.format_exc()}", error)
+
+    def build(self, env_fns: Mapping[int, EnvFn], attributes: Mapping[int, Mapping[str, Any]]) -> None:
+        """Make all environments anew, and set what ``set_attr`` had set on them."""
+        self.close()
+        self._envs = {index: env_fn() for index, env_fn in env_fns.items()}
+        if len({id(env.unwrapped) for env in self._envs.values()}) < len(self._envs):
+            raise ValueError("expected a new environment from each env_fn, got the same one twice")
+        for index, values in attributes.items():
+            for name, value in values.items():
+                setattr(self._envs[index], name, value)
+
+    def step(self, indices: Sequence[int], page: int) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
+        """Step with the shared actions; returns ``(info, info of the reset if the episode ended)`` for each."""
+        return [self._step(index, page) for index in indices]
+
+    def _step(self, index: int, page: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        shared, env = self._shared, self._envs[index]
+        observation, reward, terminated, truncated, info = env.step(shared.actions[index].copy())
+        shared.rewards[index] = reward
+        shared.dones[index] = done = terminated or truncated
+        info = {**info, "TimeLimit.truncated": truncated and not terminated}
+        reset_info = None
+        if done:
+            shared.observations[TERMINAL, index] = observation
+            observation, reset_info = env.reset()
+        shared.observations[page, index] = observation
+        return info, reset_info
+
+    def reset(self, starts: Mapping[int, Mapping[str, Any]], page: int) -> list[dict[str, Any]]:
+        """Reset with ``{index: keyword arguments of reset}``; returns the infos."""
+        return [self._reset(index, page, arguments) for index, arguments in starts.items()]
+
+    def _reset(self, index: int, page: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        self._shared.observations[page, index], info = self._envs[index].reset(**arguments)
+        return info
+
+    def restore(self, states: Mapping[int, EnvState], page: int) -> None:
+        """Bring newly built environments to ``states``."""
+        for index, state in states.items():
+            self._shared.observations[page, index] = _replay(self._envs[index], state)
+
+    def verify(self, states: Mapping[int, EnvState], pages: Mapping[int, int]) -> None:
+        """Bring newly built environments to ``states``; they must show what is in shared memory."""
+        for index, state in states.items():
+            observation = _replay(self._envs[index], state)
+            seen = self._shared.observations[pages[index], index] if index in pages else observation
+            if np.asarray(observation, seen.dtype).tobytes() != seen.tobytes():
+                raise RuntimeError(f"environment {index}: replay() leads to another observation than the first time")
+
+    def get_attr(self, indices: Iterable[int], name: str) -> list[Any]:
+        """Attribute of each environment, whichever wrapper has it."""
+        return [self._envs[index].get_wrapper_attr(name) for index in indices]
+
+    def set_attr(self, indices: Sequence[int], name: str, value: Any) -> list[None]:
+        """Set an attribute of each outermost wrapper, as stable-baselines3 does."""
+        for index in indices:
+            setattr(self._envs[index], name, value)
+        return [None for _ in indices]
+
+    def env_method(self, indices: Iterable[int], name: str, args: Any, kwargs: Any) -> list[Any]:
+        """Call a method of each environment, whichever wrapper has it."""
+        return [self._envs[index].get_wrapper_attr(name)(*args, **kwargs) for index in indices]
+
+    def is_wrapped(self, indices: Iterable[int], wrapper_class: type[Any]) -> list[bool]:
+        """Whether each environment has a wrapper of that class."""
+        return [any(isinstance(env, wrapper_class) for env in _wrappers(self._envs[index])) for index in indices]
+
+    def close(self) -> None:
+        """Close all environments."""
+        while self._envs:
+            self._envs.popitem()[1].close()
+
+
+def _wrappers(env: Env) -> Iterator[gym.Wrapper[Any, Any, Any, Any]]:
+    while isinstance(env, gym.Wrapper):
+        yield env
+        env = env.env
+
+
+def _replay(env: Any, state: EnvState) -> NDArray[Any]:
+    if state.seed is None:
+        observation: NDArray[Any] = env.replay(state.episode, state.actions)
+        return observation
+    if state.episode >= 0:
+        env.replay(state.episode, state.actions[:0])
+    observation, _ = env.reset(seed=state.seed)
+    for action in state.actions:
+        observation, *_ = env.step(action.copy())
+    return observation
+
+
+def serve(pipe: connection.Connection, shared: SharedArrays) -> None:
+    """Main function of a worker process: answer orders until the parent closes its end of the pipe, or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole process group; the parent decides
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    envs = EnvSlice(shared)
+    with suppress(EOFError, OSError):
+        while True:
+            pipe.send_bytes(_encoded(envs.answer(pickle.loads(pipe.recv_bytes()))))
+            _limit_threads()
+    envs.close()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)  # also out of a step that never returns
+
+
+def _limit_threads() -> None:
+    cv2 = sys.modules.get("cv2")
+    if cv2 is not None and cv2.getNumThreads() > 1:
+        cv2.setNumThreads(1)
+
+
+def _encoded(reply: Any) -> bytes:
+    try:
+        encoded = dumps(reply)
+        if isinstance(reply, Failure):
+            pickle.loads(encoded)  # exceptions with an __init__ of their own often can't be rebuilt
+    except Exception:
+        reason = reply.reason if isinstance(reply, Failure) else f"raised\n{traceback.format_exc()}"
+        return pickle.dumps(Failure(reason))
+    return encoded
+
+
+def dumps(value: Any) -> bytes:
+    """Pickle by reference where a worker can import it, by value for what lives in ``__main__`` and for lambdas."""
+    with suppress(pickle.PicklingError, AttributeError, TypeError):
+        encoded = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        if b"__main__" not in encoded:
+            return encoded
+    import cloudpickle  # type: ignore[import-untyped]
+
+    by_value: bytes = cloudpickle.dumps(value)
+    return by_value
