@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium.envs.box2d.car_racing import FPS
+from numpy.typing import NDArray
 from scipy import stats
 
 from pipeline.agent.policy import Policy, load
@@ -45,12 +46,23 @@ class Episode:
     n_tiles: int
 
 
-def drive(policy: Policy, track: int, env: Any = None) -> Episode:
-    """One deterministic episode on the stock game. ``env`` is reused if given (made by ``make_env``)."""
+def drive(
+    policy: Policy, track: int, env: Any = None, on_decision: Callable[[NDArray[np.uint8]], None] | None = None
+) -> Episode:
+    """One deterministic episode on the stock game.
+
+    Args:
+        policy: Who drives.
+        track: Seed of the track.
+        env: Made by ``make_env``; a new one if not given.
+        on_decision: Called with each observation (c, h, w) uint8 before the network acts on it.
+    """
     env = env or make_env(policy.observation)
     observation, _ = env.reset(seed=track)
     total, done, info = 0.0, False, {}
     while not done:
+        if on_decision:
+            on_decision(observation)
         observation, reward, terminated, truncated, info = env.step(policy.predict(observation[None])[0])
         total += reward
         done = terminated or truncated
@@ -149,12 +161,12 @@ def summarize(episodes: Sequence[Episode], bootstrap_samples: int = 10_000) -> d
     return {"n_tracks": len(episodes), **{key: round(float(value), 4) for key, value in figures.items()}}
 
 
-def iqm(returns: np.ndarray[Any, Any], axis: int = -1) -> Any:
+def iqm(returns: NDArray[np.float64], axis: int = -1) -> Any:
     """Interquartile mean along an axis."""
     return stats.trim_mean(returns, 0.25, axis=axis)
 
 
-def iqm_interval(returns: np.ndarray[Any, Any], samples: int) -> tuple[float, float]:
+def iqm_interval(returns: NDArray[np.float64], samples: int) -> tuple[float, float]:
     """95% percentile bootstrap interval of the IQM; repeatable, since its random numbers are seeded."""
     if len(returns) < 2:
         return float(returns[0]), float(returns[0])

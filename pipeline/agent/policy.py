@@ -114,6 +114,7 @@ def save(path: Path, module: DrivingNetwork, params: ObservationParams, network:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file(weights, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
+    temporary.chmod(0o644)  # safetensors makes it private
     temporary.replace(path)
 
 

@@ -18,7 +18,7 @@ from pipeline.config.params import (
     track_list,
 )
 from pipeline.config.relations import cores
-from pipeline.config.sources import ConfigError, load
+from pipeline.config.sources import ConfigError, load, project_root
 
 __all__ = [
     "FIRST_TRAINING_TRACK",
@@ -35,5 +35,6 @@ __all__ = [
     "fail",
     "load",
     "parse_args",
+    "project_root",
     "track_list",
 ]

@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,3 +159,8 @@ def build(stage: type[P], values: dict[str, Value], mistakes: list[str]) -> P:
     if mistakes:
         raise ConfigError(mistakes)
     return stage(**{key: valid[key] for key in stage.model_fields})
+
+
+def project_root() -> Path:
+    """The real checkout, also in the temporary copies of ``dvc exp run --temp`` and ``--queue``."""
+    return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()

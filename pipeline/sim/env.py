@@ -6,6 +6,7 @@ of its episode and the actions since: :class:`TrackSequence` and :meth:`FrameSta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -19,6 +20,7 @@ from pipeline.sim.car_racing import LazyCarRacing
 
 Observation = NDArray[np.uint8]
 Step = tuple[Any, float, bool, bool, dict[str, Any]]
+OnFrame = Callable[[gym.Env[Any, Any], int, Any, float], None]
 
 
 class FrameSkip(gym.Wrapper[Any, Any, Any, Any]):
@@ -48,6 +50,24 @@ class FrameSkip(gym.Wrapper[Any, Any, Any, Any]):
         return observation, total, terminated, truncated, info
 
 
+class FrameHook(gym.Wrapper[Any, Any, Any, Any]):
+    """Call ``on_frame(env, track, action, reward)`` after every physics frame; ``env`` can render it."""
+
+    def __init__(self, env: gym.Env[Any, Any], on_frame: OnFrame) -> None:
+        super().__init__(env)
+        self._on_frame = on_frame
+        self._track = -1
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self._track = -1 if seed is None else seed
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> Step:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._on_frame(self.env, self._track, action, float(reward))
+        return observation, float(reward), terminated, truncated, info
+
+
 class SteerThrottle(gym.ActionWrapper[Any, Any, Any]):
     """Two axes in [-1, 1]: steering, and throttle (> 0 is gas, < 0 is brake): never both pedals at once."""
 
@@ -68,7 +88,8 @@ def to_pedals(action: NDArray[np.float32]) -> NDArray[np.float32]:
 class Shaping(gym.Wrapper[Any, Any, Any, Any]):
     """The training reward: the game's own, less penalties; and an early end of hopeless episodes.
 
-    Scores never see this wrapper. ``info["raw_return"]`` carries the game's own return of the episode so far.
+    Scores never see this wrapper. At its end an episode tells ``info["episode"]``: the game's own return ``r``, its
+    length ``l`` in decisions (SB3's names), and what explains them.
     Speeds are in world units/s, so ``speed / 50`` is the way of one frame at 50 frames/s.
     """
 
@@ -76,25 +97,38 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
         super().__init__(env)
         self.params = params
         self._car_racing: LazyCarRacing = env.unwrapped  # type: ignore[assignment]
-        self._raw_return = 0.0
-        self._frames = self._frames_on_grass = self._frames_stalled = self._tiles = 0
-        self._steer = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._raw_return = self._shaped_return = self._steer = 0.0
+        self._decisions = self._frames = self._frames_on_grass = self._frames_stalled = self._tiles = 0
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        self._raw_return, self._steer = 0.0, 0.0
-        self._frames = self._frames_on_grass = self._frames_stalled = self._tiles = 0
+        self._begin()
         return self.env.reset(**kwargs)
 
     def step(self, action: NDArray[np.float32]) -> Step:
         observation, reward, terminated, truncated, info = self.env.step(action)
+        self._decisions += 1
         self._raw_return += float(reward)
         shaped = float(reward) - self._penalties(action)
         if not (terminated or truncated) and self._hopeless():
             shaped -= self.params.early_end_penalty
             terminated = True
-            info["early_end"] = True
-        info["raw_return"] = self._raw_return
+        self._shaped_return += shaped
+        if terminated or truncated:
+            info["episode"] = self._summary(info)
         return observation, shaped, terminated, truncated, info
+
+    def _summary(self, info: dict[str, Any]) -> dict[str, float]:
+        return {
+            "r": self._raw_return,
+            "l": self._decisions,
+            "shaped_return": self._shaped_return,
+            "lap_finished": float(info["lap_finished"]),
+            "lap_time": info["lap_time"],
+            "tiles": info["tiles"] / info["n_tiles"],
+        }
 
     def _penalties(self, action: NDArray[np.float32]) -> float:
         params, car = self.params, self._car_racing
@@ -218,9 +252,12 @@ def find_wrapper(env: gym.Env[Any, Any], kind: type[Any]) -> Any:
 STOCK, FAST = "LazyCarRacing-v3", "FastCarRacing-v3"
 
 
-def make_env(observation: ObservationParams, game: str = STOCK, render_mode: str | None = None) -> gym.Env[Any, Any]:
+def make_env(
+    observation: ObservationParams, game: str = STOCK, render_mode: str | None = None, on_frame: OnFrame | None = None
+) -> gym.Env[Any, Any]:
     """The game as a policy plays it: raw reward, stock rules, and by default stock pictures."""
-    env = FrameSkip(gym.make(game, render_mode=render_mode, disable_env_checker=True), observation.frame_skip)
+    env: gym.Env[Any, Any] = gym.make(game, render_mode=render_mode, disable_env_checker=True)
+    env = FrameSkip(FrameHook(env, on_frame) if on_frame else env, observation.frame_skip)
     return _observed(_driven(env, observation), observation)
 
 

@@ -1,0 +1,117 @@
+"""What happens around the updates: progress, statistics of the episodes, periodic work between rollouts."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+EPISODES = 100
+"""Episodes behind every running mean; the same as SB3's."""
+
+
+class Periodic(BaseCallback):
+    """Call ``action(agent_steps)`` whenever another ``every`` agent steps are done, and at the end of the training.
+
+    It acts at the start of a rollout: no environment is stepping and the last update is done. ``every`` 0 means only at
+    the end.
+    """
+
+    def __init__(self, every: int, action: Callable[[int], None]) -> None:
+        super().__init__()
+        self.every, self.action = every, action
+        self.last = 0  # agent steps at the latest call
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.every and self.num_timesteps // self.every > self.last // self.every:
+            self._act()
+
+    def _on_training_end(self) -> None:
+        if self.num_timesteps > self.last:
+            self._act()
+
+    def _act(self) -> None:
+        self.last = self.num_timesteps
+        self.action(self.num_timesteps)
+
+
+class EpisodeStatistics(BaseCallback):
+    """Log what explains the return: the shaped return, finished laps, lap time, tiles, and how the pedals are used."""
+
+    KEYS = ("shaped_return", "lap_finished", "tiles")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.episodes: deque[dict[str, float]] = deque(maxlen=EPISODES)
+
+    def _on_step(self) -> bool:
+        self.episodes.extend(info["episode"] for info in self.locals["infos"] if "episode" in info)
+        return True
+
+    def _on_rollout_end(self) -> None:
+        for key in self.KEYS if self.episodes else ():
+            self.logger.record(f"rollout/{key}", float(np.mean([e[key] for e in self.episodes])))
+        if laps := [e["lap_time"] for e in self.episodes if e["lap_finished"]]:
+            self.logger.record("rollout/lap_time", float(np.mean(laps)))
+        self._record_actions(self.model.rollout_buffer.actions)  # type: ignore[attr-defined]
+
+    def _record_actions(self, actions: Any) -> None:
+        actions = actions.reshape(-1, actions.shape[-1])
+        names = ("steer", "throttle") if actions.shape[1] == 2 else ("steer", "gas", "brake")
+        for name, values in zip(names, actions.T, strict=True):
+            self.logger.record(f"actions/{name}_mean", float(values.mean()))
+            self.logger.record(f"actions/{name}_std", float(values.std()))
+
+
+class Progress(BaseCallback):
+    """A progress bar with steps/s and the time left; a line every ``seconds`` for the log."""
+
+    def __init__(self, total_timesteps: int, seconds: float = 15.0) -> None:
+        super().__init__()
+        self.total, self.seconds = total_timesteps, seconds
+
+    def _on_training_start(self) -> None:
+        self._first, self._began = self.num_timesteps, time.monotonic()
+        self._next_line = self._began + self.seconds
+        self._bar = tqdm(
+            total=self.total, initial=self._first, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self._bar.update(self.num_timesteps - self._bar.n)
+        if time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + self.seconds
+            log.info(self.line())
+
+    def line(self) -> str:
+        """Where the training stands: steps, speed, time left, running return."""
+        speed = (self.num_timesteps - self._first) / max(time.monotonic() - self._began, 1e-9)
+        left = max(self.total - self.num_timesteps, 0) / max(speed, 1e-9)
+        episodes = self.model.ep_info_buffer or ()
+        mean = f", return {np.mean([e['r'] for e in episodes]):.0f}" if episodes else ""
+        return f"{self.num_timesteps:,}/{self.total:,} steps, {speed:.0f}/s, {_clock(left)} left{mean}"
+
+    def _on_training_end(self) -> None:
+        self._bar.update(self.num_timesteps - self._bar.n)
+        self._bar.close()
+        log.info(self.line())
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"

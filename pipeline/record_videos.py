@@ -1,0 +1,167 @@
+"""Stage ``record-videos``: films of the best, the median and the worst evaluated track.
+
+python -m pipeline.record_videos
+
+Reads the table that ``evaluate`` left, drives those tracks again, and refuses to film a drive that is not the one
+evaluated. Leaves ``videos/*.mp4``, a GIF and a film strip for ``dvc plots``, and the films in the MLflow run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Parser, RecordParams, fail, parse_args
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pipeline.agent.policy import Policy
+    from pipeline.evaluation import Episode
+
+log = logging.getLogger("pipeline.record_videos")
+
+POLICY, TABLE = Path("models/best_model.safetensors"), Path("plots/tracks.csv")
+FILMS, METRICS = Path("videos"), Path("metrics/record_videos.json")
+GIF, STRIP = Path("plots/drive.gif"), Path("plots/filmstrip.png")
+GIF_FPS = 12.5
+
+
+class RecordError(Exception):
+    """The films would not show what was evaluated; the message says why."""
+
+
+def record(params: RecordParams, policy_path: Path = POLICY) -> dict[str, Any]:
+    """The stage; returns what is written to ``metrics/record_videos.json``."""
+    from pipeline.agent.policy import load
+    from pipeline.evaluation import read_table
+    from pipeline.tracking.run import Run
+
+    policy = load(policy_path)
+    run = Run.attach("record-videos")
+    figures: dict[str, Any] = {}
+    for rank, episode in pick(read_table(TABLE), params.video_tracks):
+        path = FILMS / f"{rank}.mp4"
+        frames = film(policy, episode, path, params.video_fps, f"{rank} of the evaluated tracks")
+        if rank == params.video_tracks[0]:
+            publish_stills(frames, params.gif_seconds)
+        run.artifact(path, "videos")
+        figures[rank] = {"track": episode.track, "episode_return": episode.episode_return, "frames": episode.frames}
+        log.info("%s: track %d, %.1f, %s", rank, episode.track, episode.episode_return, path)
+    for still in (GIF, STRIP):
+        run.artifact(still, "videos")
+    METRICS.write_text(json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def pick(episodes: Sequence[Episode], ranks: Sequence[str]) -> Iterator[tuple[str, Episode]]:
+    """The episodes of these ranks: ``best``, ``median``, ``worst`` by return."""
+    ordered = sorted(episodes, key=lambda e: e.episode_return)
+    places = {"worst": 0, "median": (len(ordered) - 1) // 2, "best": len(ordered) - 1}
+    for rank in ranks:
+        yield rank, ordered[places[rank]]
+
+
+class Camera:
+    """Composes a picture after every physics frame: the game, what the network saw last, the controls, the numbers."""
+
+    def __init__(self, policy: Policy, title: str, write: Callable[[NDArray[np.uint8]], None]) -> None:
+        self.policy, self.title, self.write = policy, title, write
+        self.observation: Any = None
+        self.value = self.episode_return = 0.0
+
+    def on_decision(self, observation: NDArray[np.uint8]) -> None:
+        """Keep what the network is about to decide on, (c, h, w) uint8."""
+        self.observation = observation
+        self.value = float(self.policy.value(observation[None])[0])
+
+    def on_frame(self, env: Any, track: int, action: NDArray[np.float32], reward: float) -> None:
+        """Film one physics frame of the game ``env``, driven with steer, gas and brake."""
+        from pipeline.media.overlay import Telemetry, compose
+
+        self.episode_return += reward
+        game = env.unwrapped
+        telemetry = Telemetry(
+            track=track,
+            frame=game.frames,
+            episode_return=self.episode_return,
+            speed=game.speed(),
+            steer=float(action[0]),
+            gas=float(action[1]),
+            brake=float(action[2]),
+            tiles=game.tile_visited_count,
+            n_tiles=len(game.track),
+            value=self.value,
+        )
+        channels = 1 if self.policy.observation.grayscale else 3
+        self.write(compose(env.render(), self.observation, telemetry, self.title, channels=channels))
+
+
+def film(policy: Policy, evaluated: Episode, path: Path, fps: int, title: str) -> list[NDArray[np.uint8]]:
+    """Drive the episode again and film every physics frame; returns every fourth picture, for the stills.
+
+    Raises:
+        RecordError: This drive is not the one that was evaluated.
+    """
+    from tqdm import tqdm
+
+    from pipeline.evaluation import drive
+    from pipeline.media.overlay import SIZE
+    from pipeline.media.video import FilmWriter
+    from pipeline.sim.env import make_env
+
+    stills: list[NDArray[np.uint8]] = []
+    path.parent.mkdir(exist_ok=True)
+    bar = tqdm(total=evaluated.frames, desc=path.stem, unit="frame", disable=not sys.stderr.isatty())
+    with FilmWriter(path, SIZE, fps) as writer, bar:
+
+        def write(picture: NDArray[np.uint8]) -> None:
+            writer.write(picture)
+            if evaluated.frames and bar.n % 4 == 0:
+                stills.append(picture)
+            bar.update()
+
+        camera = Camera(policy, title, write)
+        env = make_env(policy.observation, render_mode="rgb_array", on_frame=camera.on_frame)
+        driven = drive(policy, evaluated.track, env, camera.on_decision)
+    if driven != evaluated:
+        raise RecordError(
+            f"track {evaluated.track}: evaluated {evaluated.episode_return} in {evaluated.frames} frames, but this "
+            f"drive made {driven.episode_return} in {driven.frames}. Another machine or other versions? "
+            "Evaluate again: `dvc repro -f evaluate`."
+        )
+    return stills
+
+
+def publish_stills(frames: Sequence[NDArray[np.uint8]], seconds: int) -> None:
+    """The GIF and the film strip that ``dvc plots`` shows; ``frames`` come at 12.5 a second."""
+    from PIL import Image
+
+    from pipeline.media.video import filmstrip, write_gif
+
+    GIF.parent.mkdir(exist_ok=True)
+    start = min(len(frames) // 4, max(len(frames) - int(seconds * GIF_FPS), 0))
+    write_gif(GIF, frames[start : start + int(seconds * GIF_FPS)], GIF_FPS)
+    Image.fromarray(filmstrip(frames, columns=4, rows=2)).save(STRIP)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage; exit code 2 for mistakes of the user."""
+    params, _ = parse_args(RecordParams, Parser(prog="python -m pipeline.record_videos", description=__doc__), argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    from pipeline.agent.policy import PolicyError
+
+    try:
+        record(params)
+    except (PolicyError, RecordError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

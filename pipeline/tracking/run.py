@@ -1,0 +1,139 @@
+"""One MLflow run per pipeline run, shared by the three stages.
+
+``train`` begins it and writes its id to ``metrics/mlflow.json``, a metric that DVC keeps in git; ``evaluate`` and
+``record-videos`` add to it without opening it again, which would reset its status and end time.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.data.pandas_dataset import from_pandas
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities.dataset import Dataset
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.tracking.context import registry as context
+
+from pipeline.tracking import provenance
+from pipeline.tracking.store import connect, experiment_id
+
+RUN_ID_FILE = Path("metrics/mlflow.json")
+RESTORED_FROM = "restored_from"
+MAX_PARAM_LENGTH = 6000
+
+
+class Run:
+    """A run in MLflow. As a context manager it ends: FINISHED, FAILED on an error, KILLED on Ctrl-C or a signal.
+
+    Attributes:
+        id: MLflow's run id.
+    """
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self.client, self.id = client, run_id
+        self._system_metrics: SystemMetricsMonitor | None = None
+
+    @classmethod
+    def begin(
+        cls, name: str, params: Mapping[str, Any], tags: Mapping[str, str], run_id_file: Path = RUN_ID_FILE
+    ) -> Run:
+        """Create a run with parameters and provenance, and leave its id for the next stages."""
+        client = connect()
+        all_tags = {**context.resolve_tags(), **provenance.tags(), **tags}
+        created = client.create_run(experiment_id(client), tags=all_tags, run_name=name)
+        run = cls(client, created.info.run_id)
+        run.params(params)
+        run_id_file.parent.mkdir(parents=True, exist_ok=True)
+        run_id_file.write_text(json.dumps({"run_id": run.id}) + "\n")
+        return run
+
+    @classmethod
+    def attach(cls, name: str, run_id_file: Path = RUN_ID_FILE) -> Run:
+        """The run that ``train`` began; a restored one where this store doesn't know it (fresh clone, other server)."""
+        client = connect()
+        run_id = json.loads(run_id_file.read_text())["run_id"]
+        try:
+            client.get_run(run_id)
+            return cls(client, run_id)
+        except MlflowException:
+            return cls(client, _restored(client, run_id, name))
+
+    def params(self, params: Mapping[str, Any]) -> None:
+        """Log parameters; lists as JSON."""
+        texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in params.items()}
+        batch = [Param(key, text[:MAX_PARAM_LENGTH]) for key, text in texts.items()]
+        self.client.log_batch(self.id, params=batch, synchronous=True)
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log one batch of metrics."""
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Upload a file."""
+        self.client.log_artifact(self.id, str(path), folder or None)
+
+    def table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+        """Log rows as a table that MLflow's UI shows and compares between runs."""
+        self.client.log_table(self.id, pd.DataFrame(rows), name)
+
+    def image(self, picture: Any, key: str, step: int) -> None:
+        """Log an (H, W, 3) uint8 picture; pictures of one key get a step slider."""
+        self.client.log_image(self.id, picture, key=key, step=step)
+
+    def track_set(self, tracks: Sequence[int], name: str, use: str) -> None:
+        """Record a set of tracks as a dataset input of the run."""
+        data = from_pandas(pd.DataFrame({"track": list(tracks)}), name=name)
+        entity = Dataset(
+            name=name,
+            digest=data.digest,
+            source_type="code",
+            source="CarRacing-v3",
+            schema=json.dumps({"tracks": f"{min(tracks)}..{max(tracks)}"}),
+            profile=json.dumps({"n": len(tracks)}),
+        )
+        self.client.log_inputs(self.id, [DatasetInput(entity, [InputTag("mlflow.data.context", use)])])
+
+    def __enter__(self) -> Run:
+        self._system_metrics = SystemMetricsMonitor(self.id)  # type: ignore[no-untyped-call]
+        self._system_metrics.start()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._system_metrics:
+            self._system_metrics.finish()  # type: ignore[no-untyped-call]
+        status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        self.client.set_terminated(self.id, status)
+
+
+def _restored(client: MlflowClient, run_id: str, name: str) -> str:
+    """Find or create the stand-in for a run that this store does not know."""
+    experiment = experiment_id(client)
+    known = client.search_runs([experiment], f"tags.{RESTORED_FROM} = '{run_id}'", max_results=1)
+    if known:
+        return str(known[0].info.run_id)
+    tags = {**context.resolve_tags(), **provenance.tags(), RESTORED_FROM: run_id}
+    created = client.create_run(experiment, tags=tags, run_name=f"{name} (restored)")
+    client.set_terminated(created.info.run_id, "FINISHED")
+    return str(created.info.run_id)
+
+
+def ui_hint() -> str:
+    """How to look at what was logged."""
+    uri = str(mlflow.get_tracking_uri())
+    return "mlflow ui" if uri.startswith("sqlite") else uri

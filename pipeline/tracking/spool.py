@@ -1,0 +1,132 @@
+"""Metrics and files on their way to MLflow: first to a local file, then sent from the background.
+
+Training never waits for the server. What it could not take stays in the spool, and ``python -m pipeline.sync`` sends it
+later. A line sent twice does no harm: MLflow keeps equal (key, step, time, value) once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+log = logging.getLogger(__name__)
+
+BATCH = 200
+RETRY_SECONDS = 10.0
+
+
+class Spool:
+    """An append-only JSONL file of what a run has to tell MLflow, and the number of its bytes already sent.
+
+    Attributes:
+        path: The spool; beside it, ``<name>.sent`` holds the offset of the first line not sent yet.
+    """
+
+    def __init__(self, path: Path, run_id: str) -> None:
+        self.path, self.run_id = path, run_id
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._sent = path.with_suffix(".sent")
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Append one batch of metrics."""
+        self._put({"metrics": dict(values), "step": step, "time": int(time.time() * 1000)})
+
+    def artifact(self, path: Path, folder: str) -> None:
+        """Append a file to upload; it must stay where it is until it is sent."""
+        self._put({"artifact": str(path.resolve()), "folder": folder})
+
+    def _put(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"run_id": self.run_id, **entry}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; unsent lines stay."""
+        self._file.close()
+
+
+def unsent(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The next entries not sent yet, at most a batch, and the offset behind them. A torn last line is left."""
+    sent = path.with_suffix(".sent")
+    offset = int(sent.read_text() or 0) if sent.exists() else 0
+    entries: list[dict[str, Any]] = []
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n") or len(entries) == BATCH:
+                break
+            offset += len(line)
+            entries.append(json.loads(line))
+    return entries, offset
+
+
+def send(client: MlflowClient, path: Path) -> int:
+    """Send everything unsent in order; returns the number of entries. Raises what MLflow raises, losing nothing."""
+    count = 0
+    while True:
+        entries, offset = unsent(path)
+        if not entries:
+            return count
+        _send_metrics(client, [e for e in entries if "metrics" in e])
+        for entry in entries:
+            if "artifact" in entry:
+                client.log_artifact(entry["run_id"], entry["artifact"], entry["folder"] or None)
+        path.with_suffix(".sent").write_text(str(offset))
+        count += len(entries)
+
+
+def _send_metrics(client: MlflowClient, entries: list[dict[str, Any]]) -> None:
+    by_run: dict[str, list[Metric]] = {}
+    for e in entries:
+        by_run.setdefault(e["run_id"], []).extend(Metric(k, v, e["time"], e["step"]) for k, v in e["metrics"].items())
+    for run_id, metrics in by_run.items():
+        for start in range(0, len(metrics), 1000):  # MLflow's limit for one request
+            client.log_batch(run_id, metrics=metrics[start : start + 1000])
+
+
+class Sender:
+    """A background thread that sends a spool as it grows, and tries again after failures."""
+
+    def __init__(self, client: MlflowClient, spool: Spool, interval: float = 1.0) -> None:
+        self._client, self._spool, self._interval = client, spool, interval
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mlflow-sender", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        pause = self._interval
+        while not self._stop.wait(pause):
+            pause = self._interval if self._try() else RETRY_SECONDS
+
+    def _try(self) -> bool:
+        try:
+            send(self._client, self._spool.path)
+        except Exception as error:  # whatever the server or the network did: training goes on
+            log.warning("MLflow does not take metrics (%s); kept in %s", _first_line(error), self._spool.path)
+            return False
+        return True
+
+    def close(self, timeout: float = 30.0) -> bool:
+        """Send the rest. Returns whether all is sent; if not, the spool keeps it for ``pipeline.sync``."""
+        self._stop.set()
+        self._thread.join(timeout)
+        done = not self._thread.is_alive() and self._try()
+        self._spool.close()
+        if not done:
+            log.warning("not all metrics reached MLflow; send them later with `python -m pipeline.sync`")
+        return done
+
+
+def _first_line(error: Exception) -> str:
+    with contextlib.suppress(IndexError):
+        return str(error).splitlines()[0][:200]
+    return type(error).__name__

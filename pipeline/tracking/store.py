@@ -1,0 +1,83 @@
+"""Where runs are kept: MLflow's own default, anchored to the real checkout, or the server that the environment names.
+
+With nothing set, ``mlflow ui`` without flags in the checkout shows what is written here: ``mlflow.db`` and ``mlruns/``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import mlflow
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.entities import Experiment
+from mlflow.exceptions import MlflowException
+
+from pipeline.config import project_root
+
+EXPERIMENT = "CarRacing"
+PRIMARY_METRIC = "evaluate/mean"
+DESCRIPTION = """Cars trained from pixels on Gymnasium's `CarRacing-v3`.
+
+One run is one pipeline run: `train` -> `evaluate` -> `record-videos`. **`evaluate/mean`** is the mean raw return over
+100 held-out tracks of the stock game, deterministic policy; 900 counts as solved. `eval/*` are validations during
+training, `rollout/ep_rew_mean` is the raw return of the exploring policy, `rollout/shaped_return` what it was trained on.
+"""
+
+# A server that is away is noticed in seconds, not in MLflow's default of four minutes.
+_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+
+
+class TrackingError(Exception):
+    """MLflow could not be reached or used; the message says what to do."""
+
+
+def connect() -> MlflowClient:
+    """A client of the store, which exists and is of MLflow's present version when this returns.
+
+    Raises:
+        TrackingError: The store can't be reached.
+    """
+    for key, value in _PATIENCE.items():
+        os.environ.setdefault(key, value)
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        mlflow.set_tracking_uri(f"sqlite:///{(project_root() / 'mlflow.db').as_posix()}")
+    client = MlflowClient()
+    try:
+        # The first use creates the tables; several processes doing so at once break each other.
+        with FileLock(project_root() / "mlflow.db.lock"):
+            client.search_experiments(max_results=1)
+    except MlflowException as error:
+        raise TrackingError(
+            f"MLflow at {mlflow.get_tracking_uri()} does not answer: {str(error).splitlines()[0]}\n"
+            "Start that server, or unset MLFLOW_TRACKING_URI to keep runs in this folder."
+        ) from None
+    return client
+
+
+def experiment_id(client: MlflowClient) -> str:
+    """The id of the project's experiment, created with description and primary metric when missing."""
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    with FileLock(project_root() / "mlflow.db.lock"):
+        experiment: Experiment | None = client.get_experiment_by_name(name)
+        if experiment is None:
+            return str(client.create_experiment(name, _artifact_location(name), _tags()))
+    return str(experiment.experiment_id)
+
+
+def _artifact_location(name: str) -> str | None:
+    if str(mlflow.get_tracking_uri()).startswith("sqlite"):
+        return (project_root() / "mlruns" / name).as_uri()
+    return None  # a server knows its own place
+
+
+def _tags() -> dict[str, str]:
+    return {
+        "mlflow.note.content": DESCRIPTION,
+        "mlflow.experiment.primaryMetric.name": PRIMARY_METRIC,
+        "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
+    }
