@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from typing import Any, NamedTuple
 
-from pipeline.sim.worker import Context, EnvSlice, Failure, Message, SharedArrays, dumps, serve
+from pipeline.sim.worker import ONE_THREAD, Context, EnvSlice, Failure, Message, SharedArrays, dumps, serve
 
 CALLS = frozenset({"get_attr", "set_attr", "env_method", "is_wrapped"})
 """Orders whose exceptions are the caller's: a missing attribute is no reason to replace a worker."""
@@ -25,8 +25,6 @@ START_ALLOWANCE = 60.0
 
 CLOSING_TIME = 5.0
 """Seconds that workers get to close their environments."""
-
-ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")}
 
 
 class WorkerError(RuntimeError):
@@ -59,9 +57,11 @@ class Worker(ABC):
         orders: Orders without a reply yet, oldest first; kept by the supervisor.
         failures: Failures since it last carried out an order; kept by the supervisor.
         due: Time (``time.monotonic``) at which it counts as hung if it owes a reply.
+        pid: Its process, if it has one of its own.
     """
 
     due = 0.0
+    pid: int | None = None
 
     def __init__(self, indices: Sequence[int], shared: SharedArrays) -> None:
         self.indices = indices
@@ -133,6 +133,7 @@ class ProcessWorker(Worker):
         with _lean_start():
             self._process.start()
         remote.close()
+        self.pid = self._process.pid
         self.due = time.monotonic() + START_ALLOWANCE + self._deadline
 
     def post(self, message: Message) -> None:
@@ -174,13 +175,13 @@ def replies(workers: Sequence[Worker]) -> list[tuple[Worker, Any]]:
     return [(worker, reply) for worker in workers for reply in worker.receive(ready)]
 
 
-def shut_down(workers: Sequence[Worker], patience: float = 0.0) -> None:
-    """Stop all workers, each at its own pace for ``patience`` seconds in all."""
+def shut_down(workers: list[Worker], patience: float = 0.0) -> None:
+    """Stop all workers, each at its own pace for ``patience`` seconds in all, and empty the list."""
     until = time.monotonic() + patience
     for worker in workers:
         worker.hang_up()
-    for worker in workers:
-        worker.stop(max(until - time.monotonic(), 0))
+    while workers:
+        workers.pop().stop(max(until - time.monotonic(), 0))
 
 
 class Supervisor:
@@ -217,6 +218,8 @@ class Supervisor:
 
     def request(self) -> int:
         """Begin a new request, one or several orders; returns its number."""
+        if not self.workers:
+            raise RuntimeError("the environments are closed")
         self.serial += 1
         return self.serial
 
@@ -239,12 +242,13 @@ class Supervisor:
     def _replace(self, worker: Worker, failure: Failure) -> None:
         worker.stop()
         worker.failures += 1
-        if worker.failures > self._max_restarts:
-            raise WorkerError(f"{worker} failed {worker.failures} times in a row: it {failure}") from failure.error
         try:
+            if worker.failures > self._max_restarts:
+                raise WorkerError(f"{worker.failures} failures in a row, {self._max_restarts} replacements")
             recovery = self._recovery(worker)
         except WorkerError as error:
-            raise WorkerError(f"{error}; and {worker} {failure}") from failure.error
+            shut_down(self.workers)
+            raise WorkerError(f"{error}: {worker} {failure}") from failure.error
         self._start(worker, recovery, [order for order in worker.orders if order.serial])
 
 

@@ -279,6 +279,11 @@ class SharedMemoryVecEnv(VecEnv):
 
     # Workers
 
+    @property
+    def worker_pids(self) -> list[int]:
+        """Processes of the workers; none for ``n_workers=0``."""
+        return [worker.pid for worker in self._supervisor.workers if worker.pid is not None]
+
     def close(self) -> None:
         """Close the environments and end the workers."""
         if self._open.detach():
@@ -335,8 +340,8 @@ class Episodes:
         number = self._numbers[index]
         if number is None:
             raise WorkerError(
-                f"environment {index} can't be brought back: that takes a replay() method, and an episode whose reset "
-                f"had no options and told its episode_index"
+                f"environment {index} can't be brought back (it takes a replay() method, and an episode whose reset "
+                f"had no options and told its episode_index)"
             )
         return EnvState(number, self._actions[index, : self._lengths[index]].copy(), self._seeds[index])
 

@@ -33,6 +33,10 @@ TERMINAL = 2
 """Page of ``SharedArrays.observations`` for last observations of episodes; pages 0 and 1 alternate with the steps."""
 
 
+ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")}
+"""What a worker sets before libraries are loaded: the processes share the cores, threads within them only collide."""
+
+
 @dataclass(frozen=True, eq=False)
 class EnvState:
     """The whole state of a :class:`Replayable` environment.
@@ -228,6 +232,7 @@ def _replay(env: Any, state: EnvState) -> NDArray[Any]:
 def serve(pipe: connection.Connection, shared: SharedArrays) -> None:
     """Main function of a worker process: answer orders until the parent closes its end of the pipe, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole process group; the parent decides
+    os.environ.update(ONE_THREAD)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     envs = EnvSlice(shared)
     with suppress(EOFError, OSError):

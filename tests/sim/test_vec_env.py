@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
 
+from pipeline.config import TrainParams, load
+from pipeline.sim.env import make_training_env
 from pipeline.sim.vec_env import SharedMemoryVecEnv, WorkerError
 from tests.sim.toys import Counter, Endless, Forgetful, Plain, Unlucky, plain
 
@@ -201,7 +203,7 @@ def test_seeds_and_options_are_used_once(venv: SharedMemoryVecEnv) -> None:
 def test_options_of_each_environment(venv: SharedMemoryVecEnv) -> None:
     venv.set_options([{"wind": index} for index in range(N_ENVS)])
     venv.reset()
-    assert venv.get_attr("options") == [{"wind": index} if index else {"wind": 0} for index in range(N_ENVS)]
+    assert venv.get_attr("options") == [{"wind": index} for index in range(N_ENVS)]
 
 
 def test_reset_infos_are_of_the_present_episode(venv: SharedMemoryVecEnv) -> None:
@@ -414,7 +416,7 @@ def test_attributes_set_survive_their_worker() -> None:
 def test_a_worker_that_fails_for_ever_is_given_up(fate: str, reason: str, tmp_path: Path) -> None:
     venv = SharedMemoryVecEnv(unlucky(fate, tmp_path, times=99), 2, deadline=0.5, max_restarts=2)
     venv.reset()
-    with pytest.raises(WorkerError, match=f"failed 3 times in a row: it .*(?s:.*){reason}"):
+    with pytest.raises(WorkerError, match=f"3 failures in a row, 2 replacements: (?s:.*){reason}"):
         run(venv)
     venv.close()
     assert len(list(tmp_path.iterdir())) == 3
@@ -462,6 +464,17 @@ def test_workers_are_lean() -> None:
     venv.close()
 
 
+def test_what_workers_import_is_lean() -> None:
+    code = "import sys, pipeline.sim.worker, pipeline.sim.env; print(*sys.modules)"
+    root = Path(__file__).parents[2]
+    modules = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "mlflow", "stable_baselines3"} & set(modules.split())
+
+
+def test_worker_pids(venv: SharedMemoryVecEnv) -> None:
+    assert set(venv.worker_pids or [os.getpid()]) == set(venv.env_method("pid"))
+
+
 @needs_signals
 def test_workers_ignore_ctrl_c() -> None:
     venv = SharedMemoryVecEnv(counters(1), 1)
@@ -502,6 +515,8 @@ SCRIPT = """
 import os, signal, sys
 import numpy as np
 from functools import partial
+from pipeline.config import TrainParams, load
+from pipeline.sim.env import make_training_env
 from pipeline.sim.vec_env import SharedMemoryVecEnv
 from tests.sim.toys import Counter
 
@@ -536,6 +551,57 @@ def test_nothing_outlives_the_parent(tmp_path: Path, start_method: str, end: str
     assert len(pids) == 4
     assert gone(pids)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_a_closed_environment_says_so(n_workers: int) -> None:
+    venv = SharedMemoryVecEnv(counters(), n_workers)
+    venv.reset()
+    venv.close()
+    for use in (venv.reset, partial(venv.step, actions_of(0)), partial(venv.get_attr, "index")):
+        with pytest.raises(RuntimeError, match="closed"):
+            use()
+
+
+# CarRacing
+
+
+def racing(n_envs: int = 3) -> list[Callable[[], gym.Env[Any, Any]]]:
+    """Stock pictures; standing still for 24 frames, or 6 decisions, ends an episode, so that a test sees several."""
+    params = load(TrainParams, env_id="CarRacing-v3", stall_limit=24)
+    return [partial(make_training_env, params, index) for index in range(n_envs)]
+
+
+def drive(venv: VecEnv, steps: Sequence[int]) -> list[Any]:
+    """Some environments brake at the start and are reset soon; others drive on."""
+    results = []
+    for step in steps:
+        actions = actions_of(step, venv.num_envs)
+        actions[:, 1] = [0.5, -1, 0.3][: venv.num_envs]
+        results.append(plainly(venv.step(actions)))
+    return results
+
+
+@needs_signals
+def test_car_racing_is_restored_and_survives_its_workers() -> None:
+    venv = SharedMemoryVecEnv(racing(), 0)
+    first = plainly(venv.reset())
+    expected = drive(venv, range(20))
+    assert any(done for _, _, dones, _ in expected[10:] for done in dones[2])
+    venv.close()
+
+    venv = SharedMemoryVecEnv(racing(), 2)
+    assert plainly(venv.reset()) == first
+    assert drive(venv, range(10)) == expected[:10]
+    states = venv.state()
+    os.kill(venv.worker_pids[1], signal.SIGKILL)
+    assert drive(venv, range(10, 20)) == expected[10:]
+    venv.close()
+
+    venv = SharedMemoryVecEnv(racing(), 1)
+    assert plainly(venv.restore(states)) == expected[9][0]
+    assert drive(venv, range(10, 20)) == expected[10:]
+    venv.close()
 
 
 # Bad arguments
