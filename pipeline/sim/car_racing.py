@@ -7,7 +7,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.box2d.car_racing import FPS, STATE_H, STATE_W, CarRacing
+from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
+
+from pipeline.sim.renderer import Renderer
 
 MAX_FRAMES = 1000
 """The stock time limit of an episode, in physics frames (20 s at 50 frames/s)."""
@@ -28,6 +31,7 @@ class LazyCarRacing(CarRacing):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        EzPickle.__init__(self, **kwargs)  # the parent's would call this class with positional arguments
         self.frames = 0
         self._last_picture: NDArray[np.uint8] = np.zeros((STATE_H, STATE_W, 3), np.uint8)
 
@@ -70,9 +74,44 @@ class LazyCarRacing(CarRacing):
         return self._last_picture
 
 
+class FastCarRacing(LazyCarRacing):
+    """``CarRacing`` with ``state_pixels`` from :class:`~pipeline.sim.renderer.Renderer`, about fifty times as fast.
+
+    The pictures are near the stock ones (``docs/fidelity.md``) and meant for training; ``rgb_array`` and ``human`` are
+    Gymnasium's own, and so is all that isn't a picture.
+
+    Args:
+        grayscale: Observations are (96, 96) uint8 gray instead of (96, 96, 3) uint8 RGB.
+        **kwargs: Those of the stock class: ``render_mode``, ``domain_randomize``, ``continuous`` ...
+    """
+
+    def __init__(self, grayscale: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        EzPickle.__init__(self, grayscale, **kwargs)
+        self.grayscale = grayscale
+        self._renderer = Renderer()
+        shape = (STATE_H, STATE_W) if grayscale else (STATE_H, STATE_W, 3)
+        self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+        self._last_picture = np.zeros(shape, np.uint8)
+
+    def picture(self) -> NDArray[np.uint8]:
+        """The present state's picture, drawn now, (96, 96, 3) uint8 RGB or (96, 96) uint8 gray."""
+        return self._renderer.draw(self, self.grayscale)
+
+    def stock_picture(self) -> NDArray[np.uint8]:
+        """The present state's picture as Gymnasium draws it, (96, 96, 3) uint8 RGB."""
+        return super().picture()
+
+
 gym.register(
     id="LazyCarRacing-v3",
     entry_point="pipeline.sim.car_racing:LazyCarRacing",
+    max_episode_steps=MAX_FRAMES,
+    reward_threshold=900,
+)
+gym.register(
+    id="FastCarRacing-v3",
+    entry_point="pipeline.sim.car_racing:FastCarRacing",
     max_episode_steps=MAX_FRAMES,
     reward_threshold=900,
 )
