@@ -10,6 +10,7 @@ from gymnasium.envs.box2d.car_racing import FPS, STATE_H, STATE_W, CarRacing
 from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
+from pipeline.sim.fast_car import FastCar
 from pipeline.sim.renderer import Renderer
 
 MAX_FRAMES = 1000
@@ -93,6 +94,12 @@ class FastCarRacing(LazyCarRacing):
         shape = (STATE_H, STATE_W) if grayscale else (STATE_H, STATE_W, 3)
         self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
         self._last_picture = np.zeros(shape, np.uint8)
+
+    def step(self, action: Any) -> tuple[NDArray[np.uint8], float, bool, bool, dict[str, Any]]:
+        """As :meth:`LazyCarRacing.step`."""
+        if action is None:  # reset() alone does this, with the car it has just made
+            self.car.__class__ = FastCar
+        return super().step(action)
 
     def picture(self) -> NDArray[np.uint8]:
         """The present state's picture, drawn now, (96, 96, 3) uint8 RGB or (96, 96) uint8 gray."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 import math
+from functools import lru_cache
 from typing import Any
 
 import cv2
@@ -24,12 +25,15 @@ TOP, BOTTOM, LEFT, RIGHT = 66, 78, 45, 51
 """The picture's rows and columns that hold the car at its largest; its centre is at (48, 72)."""
 FINE_X, FINE_Y = 10, 8
 """The car is drawn this many times finer and then averaged, as in the stock picture (10.4 x 8.3)."""
-FINE = (RIGHT - LEFT) * FINE_X, (BOTTOM - TOP) * FINE_Y
-"""Width and height of the patch in fine pixels."""
+SHAPE = RIGHT - LEFT, BOTTOM - TOP
+FINE = SHAPE[0] * FINE_X, SHAPE[1] * FINE_Y
+"""Width and height of the patch, in pixels and in fine pixels."""
 CENTRE_X, CENTRE_Y = (48 - LEFT) * FINE_X, (BOTTOM - 72) * FINE_Y
 """The car's centre in fine pixels from the patch's lower left corner."""
 RED, BLACK, WHITE = (202, 0, 0, 255), (0, 0, 0, 255), (75, 75, 75, 255)
 """Gymnasium's (204, 0, 0), (0, 0, 0) and (77, 77, 77), which its ``smoothscale`` darkens by 2 levels."""
+
+Polygon = NDArray[np.int32]
 
 
 def _complex(points: list[tuple[int, int]]) -> list[complex]:
@@ -39,6 +43,11 @@ def _complex(points: list[tuple[int, int]]) -> list[complex]:
 HULL = [_complex(poly) for poly in (HULL_POLY1, HULL_POLY2, HULL_POLY3, HULL_POLY4)]
 AXLES = _complex(WHEELPOS)
 WHEEL = _complex([(-WHEEL_W, WHEEL_R), (WHEEL_W, WHEEL_R), (WHEEL_W, -WHEEL_R), (-WHEEL_W, -WHEEL_R)])
+ANGLES = 32
+"""Steps per radian of a steering angle: 0.15 fine pixels at a wheel's corner."""
+TURN = 128
+"""Steps per turn of a wheel, 0.2 fine pixels at its rim."""
+PHASES = TURN / math.tau
 MARK = 1.2
 """Angle on the rim that is painted white, in radians."""
 
@@ -47,16 +56,28 @@ def draw_car(frame: NDArray[np.uint8], car: Any, zoom: tuple[float, float]) -> N
     """Draw the car into ``frame``, (96, 96, 4) uint8, at ``zoom`` = (x, y) pixels per world unit."""
     place = frame[TOP:BOTTOM, LEFT:RIGHT]
     fine = cv2.resize(place, FINE, interpolation=cv2.INTER_NEAREST)
-    scale = np.array(zoom) * (FINE_X, FINE_Y)
-    turns = [cmath.rect(1.0, wheel.joint.angle) for wheel in car.wheels]
-    poses = list(zip(AXLES, turns, [_mark(wheel.phase) for wheel in car.wheels], strict=True))
-    wheels = [[axle + turn * corner for corner in WHEEL] for axle, turn, _ in poses]
-    marks = [[axle + turn * corner for corner in mark] for axle, turn, mark in poses if mark]
-    cv2.fillPoly(fine, list(_pixels(wheels, scale)), BLACK)
-    cv2.fillPoly(fine, list(_pixels(marks, scale)), WHITE)
-    for poly in HULL:
-        cv2.fillConvexPoly(fine, _pixels(poly, scale), RED)
-    cv2.resize(fine, (RIGHT - LEFT, BOTTOM - TOP), dst=place, interpolation=cv2.INTER_AREA)
+    wheels = [
+        _wheel(axle, round(wheel.joint.angle * ANGLES), round(wheel.phase * PHASES) % TURN, zoom)
+        for axle, wheel in enumerate(car.wheels)
+    ]
+    cv2.fillPoly(fine, [tyre for tyre, _ in wheels], BLACK)
+    cv2.fillPoly(fine, [mark for _, mark in wheels if mark is not None], WHITE)
+    for poly in _hull(zoom):
+        cv2.fillConvexPoly(fine, poly, RED)
+    cv2.resize(fine, SHAPE, dst=place, interpolation=cv2.INTER_AREA)
+
+
+@lru_cache(maxsize=64)  # one for each frame of the zoom
+def _hull(zoom: tuple[float, float]) -> list[Polygon]:
+    return [_pixels(poly, zoom) for poly in HULL]
+
+
+@lru_cache(maxsize=1 << 14)  # about 8,000 are in use: few angles at the rear wheels, no mark in half of the phases
+def _wheel(axle: int, angle: int, phase: int, zoom: tuple[float, float]) -> tuple[Polygon, Polygon | None]:
+    """A wheel and its white mark, if that is above the wheel; ``angle`` and ``phase`` in steps."""
+    turn = cmath.rect(1.0, angle / ANGLES)
+    tyre, mark = ([AXLES[axle] + turn * corner for corner in poly] for poly in (WHEEL, _mark(phase / PHASES)))
+    return _pixels(tyre, zoom), _pixels(mark, zoom) if mark else None
 
 
 def _mark(phase: float) -> list[complex]:
@@ -71,10 +92,8 @@ def _mark(phase: float) -> list[complex]:
     return [complex(-side, top), complex(side, top), complex(side, bottom), complex(-side, bottom)]
 
 
-def _pixels(points: Any, scale: NDArray[np.float64]) -> NDArray[np.int32]:
-    """Points in the car's frame, in units, as pixels of the fine patch: (..., 2) int32, y downwards."""
-    corners = np.asarray(points, np.complex128)
-    pixels = corners.view(np.float64).reshape(*corners.shape, 2) * scale + (CENTRE_X, CENTRE_Y)
-    whole = pixels.astype(np.int32)
-    whole[..., 1] = FINE[1] - 1 - whole[..., 1]
-    return whole
+def _pixels(points: list[complex], zoom: tuple[float, float]) -> Polygon:
+    """Points in the car's frame, in units, as pixels of the fine patch, (n, 2) int32, y downwards."""
+    scale_x, scale_y = zoom[0] * FINE_X, zoom[1] * FINE_Y
+    pixels = [(int(CENTRE_X + p.real * scale_x), FINE[1] - 1 - int(CENTRE_Y + p.imag * scale_y)) for p in points]
+    return np.array(pixels, np.int32)

@@ -59,10 +59,10 @@ class WorldMap:
 
     def _paint_world(self, env: Any) -> None:
         self._road = env.road
-        self._paint_grass(shade(env.bg_color), shade(env.grass_color))
+        self._paint_grass(env)
         corners = _corners(env.road_poly)
         for quad, (_, color) in zip(corners, env.road_poly, strict=True):
-            self._paint_quad(quad, shade(color))
+            self._paint_quad(quad, color)
         for finer, coarser in zip(self.levels, self.levels[1:], strict=False):
             cv2.resize(finer, coarser.shape[:2], dst=coarser, interpolation=cv2.INTER_AREA)
         is_tile = [isinstance(color, np.ndarray) for _, color in env.road_poly]
@@ -70,19 +70,20 @@ class WorldMap:
         self._n_visited = 0
         self._paint_visited(env)
 
-    def _paint_grass(self, background: tuple[int, ...], grass: tuple[int, ...]) -> None:
-        squares = self.levels[0].reshape(20, 2 * SQUARE, 20, 2 * SQUARE, 4)
-        self.levels[0][:] = background
-        squares[:, :SQUARE, :, :SQUARE] = grass
+    def _paint_grass(self, env: Any) -> None:
+        pixels = self.levels[0].view(np.uint32)[:, :, 0]  # whole pixels at a time: 0.3 ms instead of 17
+        squares = pixels.reshape(20, 2 * SQUARE, 20, 2 * SQUARE)
+        pixels[:] = np.array(shade(env.bg_color), np.uint8).view(np.uint32)
+        squares[:, :SQUARE, :, :SQUARE] = np.array(shade(env.grass_color), np.uint8).view(np.uint32)
 
     def _paint_visited(self, env: Any) -> None:
         visited = [tile for tile in self._pending if tile.road_visited]
         for tile in visited:
-            self._paint_quad(self._pending.pop(tile), shade(tile.color))
+            self._paint_quad(self._pending.pop(tile), tile.color)
         self._n_visited = env.tile_visited_count
 
-    def _paint_quad(self, quad: NDArray[np.int32], color: tuple[int, int, int, int]) -> None:
-        cv2.fillConvexPoly(self.levels[0], quad, color, cv2.LINE_AA, SHIFT)
+    def _paint_quad(self, quad: NDArray[np.int32], color: Color) -> None:
+        cv2.fillConvexPoly(self.levels[0], quad, shade(color), cv2.LINE_AA, SHIFT)
 
 
 def _corners(road_poly: list[Any]) -> NDArray[np.int32]:
