@@ -136,11 +136,15 @@ class TrainParams(ObservationParams, NetworkParams):
     save_freq: Int = Field(ge=0, le=10**10, description="agent steps between checkpoints; 0 = only at the end")
 
 
-class EvaluateParams(ObservationParams):
-    """Stage ``evaluate``: the held-out tracks. The observation keys serve third-party policies, which carry none."""
+class TestTrackParams(Params):
+    """The held-out tracks and how surely they tell; scores that are compared share them."""
 
     tracks: TrackRange = Field(description="held-out test tracks, first:stop")
-    bootstrap_samples: Int = Field(ge=100, le=1_000_000, description="resamples behind the 95% interval of the IQM")
+    bootstrap_samples: Int = Field(ge=100, le=1_000_000, description="resamples behind 95% intervals and p-values")
+
+
+class EvaluateParams(TestTrackParams, ObservationParams):
+    """Stage ``evaluate``. The observation keys serve third-party policies, which carry none."""
 
 
 class RecordParams(Params):
@@ -153,8 +157,8 @@ class RecordParams(Params):
     gif_seconds: Int = Field(ge=1, le=60, description="length of the GIF made for `dvc plots` [s]")
 
 
-class PromoteParams(Params):
-    """Command ``promote``."""
+class PromoteParams(TestTrackParams):
+    """Command ``promote``: champion and challenger drive the held-out tracks."""
 
     registered_model: Name = Field(description="name in MLflow's model registry")
     promote_alpha: float = Field(gt=0, lt=0.5, description="largest p-value at which a challenger counts as better")
