@@ -190,7 +190,7 @@ class Supervisor:
     Args:
         workers: Not yet started.
         recovery: Messages that bring a new worker to the state after the last order it replied to; raises
-            :class:`WorkerError` where that can't be done.
+            ``RuntimeError`` where that can't be done.
         max_restarts: Failures in a row after which a worker is given up.
     """
 
@@ -244,9 +244,9 @@ class Supervisor:
         worker.failures += 1
         try:
             if worker.failures > self._max_restarts:
-                raise WorkerError(f"{worker.failures} failures in a row, {self._max_restarts} replacements")
+                raise RuntimeError(f"{worker.failures} failures in a row, {self._max_restarts} replacements")
             recovery = self._recovery(worker)
-        except WorkerError as error:
+        except RuntimeError as error:
             shut_down(self.workers)
             raise WorkerError(f"{error}: {worker} {failure}") from failure.error
         self._start(worker, recovery, [order for order in worker.orders if order.serial])

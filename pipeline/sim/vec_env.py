@@ -14,10 +14,10 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices
 
+from pipeline.sim.episodes import EnvState, Episodes, Replayable
 from pipeline.sim.supervisor import (
     CLOSING_TIME,
     LocalWorker,
@@ -28,7 +28,7 @@ from pipeline.sim.supervisor import (
     process_context,
     shut_down,
 )
-from pipeline.sim.worker import TERMINAL, EnvState, Failure, Message, Replayable, SharedArrays
+from pipeline.sim.worker import TERMINAL, Context, Failure, Message, SharedArrays
 
 __all__ = ["EnvState", "Replayable", "SharedMemoryVecEnv", "WorkerError"]
 
@@ -38,6 +38,7 @@ BOTH = (0, 1)
 NO_PAGE = -1
 
 Infos = list[dict[str, Any]]
+Groups = tuple[int, ...]
 StepReturn = tuple[NDArray[Any], NDArray[np.float32], NDArray[np.bool_], Infos]
 
 
@@ -84,26 +85,19 @@ class SharedMemoryVecEnv(VecEnv):
         n_envs = len(env_fns)
         self._env_fns = env_fns
         self._shared = SharedArrays(context, n_envs, observation_space, action_space)
-        self._attributes: list[dict[str, Any]] = [{} for _ in env_fns]
         self._episodes = Episodes(n_envs, action_space, replayable)
+        self._attributes: list[dict[str, Any]] = [{} for _ in env_fns]  # what set_attr has set
         self._infos: Infos = [{} for _ in env_fns]
-        self._sent: dict[tuple[int, ...], int] = {}  # groups under way -> number of the request
+        self._sent: dict[Groups, int] = {}  # groups under way -> number of the request
         self._page = [0, 0]  # of each group's observations, the last asked for
         self._latest = np.full(n_envs, NO_PAGE)  # page of each environment's observation, the last answered
 
-        self.groups = (slice(0, (n_envs + 1) // 2), slice((n_envs + 1) // 2, n_envs))
+        half = (n_envs + 1) // 2
+        self.groups = (slice(0, half), slice(half, n_envs))
         shares = _spread(self.groups, min(n_workers, n_envs) or 1)
-        workers: list[Worker] = [
-            ProcessWorker(first + second, self._shared, context, deadline)
-            if n_workers
-            else LocalWorker(first + second, self._shared)
-            for first, second in shares
-        ]
-        pairs = list(zip(workers, shares, strict=True))
-        self._shares: dict[tuple[int, ...], list[tuple[Worker, list[int]]]] = {
-            groups: [(worker, [i for group in groups for i in share[group]]) for worker, share in pairs]
-            for groups in ((0,), (1,), BOTH)
-        }
+        workers = [_worker(first + second, self._shared, n_workers, context, deadline) for first, second in shares]
+        every: tuple[Groups, ...] = ((0,), (1,), BOTH)
+        self._shares = {groups: _shares(workers, shares, groups) for groups in every}
         self._supervisor = Supervisor(workers, self._recovery, max_restarts)
         self._open = weakref.finalize(self, shut_down, workers)
         self._supervisor.start()
@@ -131,39 +125,35 @@ class SharedMemoryVecEnv(VecEnv):
         """What :meth:`step_wait` returns, for the environments ``groups[group]``."""
         return self._receive((group,))
 
-    def _send(self, groups: tuple[int, ...], actions: NDArray[Any]) -> None:
+    def _send(self, groups: Groups, actions: NDArray[Any]) -> None:
         if any(group in sent for group in groups for sent in self._sent):
             raise RuntimeError(f"groups {groups}: the step before was not received yet")
         if len({self._page[group] for group in groups}) > 1:
             raise RuntimeError("a step of all environments needs groups that have taken equally many steps, or a reset")
         page = 1 - self._page[groups[0]]
-        self._shared.actions[self._span(groups)] = actions
+        shared_actions = self._shared.actions[self._span(groups)]
+        if np.shape(actions) != shared_actions.shape:
+            raise ValueError(f"actions: expected shape {shared_actions.shape}, got {np.shape(actions)}")
+        shared_actions[...] = actions
         for group in groups:
             self._page[group] = page
         self._sent[groups] = self._supervisor.request()
         for worker, indices in self._shares[groups]:
-            if not indices:
-                continue
             self._supervisor.ask(worker, ("step", indices, page), partial(self._stepped, indices, page))
 
-    def _receive(self, groups: tuple[int, ...]) -> StepReturn:
+    def _receive(self, groups: Groups) -> StepReturn:
         if groups not in self._sent:
             raise RuntimeError(f"groups {groups}: no step was sent")
         self._supervisor.settle(self._sent[groups])
         del self._sent[groups]
-        shared, span, page = self._shared, self._span(groups), self._page[groups[0]]
-        return (
-            shared.observations[page, span],
-            shared.rewards[span].copy(),
-            shared.dones[span].copy(),
-            self._infos[span],
-        )
+        span, observations = self._span(groups), self._observations(self._page[groups[0]], groups)
+        return observations, self._shared.rewards[span].copy(), self._shared.dones[span].copy(), self._infos[span]
 
-    def _observations(self, page: int, groups: tuple[int, ...]) -> NDArray[Any]:
+    def _observations(self, page: int, groups: Groups) -> NDArray[Any]:
         observations: NDArray[Any] = self._shared.observations[page, self._span(groups)]
         return observations
 
-    def _span(self, groups: tuple[int, ...]) -> slice:
+    def _span(self, groups: Groups) -> slice:
         return slice(self.groups[groups[0]].start, self.groups[groups[-1]].stop)
 
     def _stepped(
@@ -254,7 +244,7 @@ class SharedMemoryVecEnv(VecEnv):
         self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
     ) -> list[bool]:
         """Whether each environment is wrapped by that class."""
-        return self._call(indices, "is_wrapped", wrapper_class)
+        return self._call(indices, "is_wrapped", (wrapper_class.__module__, wrapper_class.__qualname__))
 
     def get_images(self) -> Sequence[NDArray[np.uint8] | None]:
         """Picture of each environment, (height, width, 3) uint8, if their ``render_mode`` is ``rgb_array``."""
@@ -299,64 +289,22 @@ class SharedMemoryVecEnv(VecEnv):
         return [self._build(worker), ("verify", states, pages)] if states else [self._build(worker)]
 
 
-class Episodes:
-    """How each environment's present episode began, and the actions since: all it takes to bring it back."""
-
-    def __init__(self, n_envs: int, action_space: spaces.Space[Any], replayable: bool) -> None:
-        assert action_space.shape is not None
-        self.replayable = replayable
-        self.begun = [False] * n_envs
-        self._numbers: list[int | None] = [None] * n_envs
-        self._seeds: list[int | None] = [None] * n_envs
-        self._lengths = np.zeros(n_envs, np.int64)
-        # 256 steps: an episode of CarRacing has 1000 frames, 250 steps at frame skip 4
-        self._actions = np.empty((n_envs, 256, *action_space.shape), action_space.dtype)
-
-    def begin(self, index: int, info: Mapping[str, Any], seed: int | None = None, options: Any = None) -> None:
-        """Note that a reset with these arguments began an episode and returned ``info``."""
-        self.begun[index] = True
-        self._numbers[index] = info.get("episode_index") if self.replayable and not options else None
-        self._seeds[index] = seed
-        self._lengths[index] = 0
-
-    def append(self, indices: list[int], actions: NDArray[Any]) -> None:
-        """Note a step of some environments with ``actions`` (len(indices), *action_shape)."""
-        lengths = self._lengths[indices]
-        self._reserve(int(lengths.max()) + 1)
-        self._actions[indices, lengths] = actions
-        self._lengths[indices] = lengths + 1
-
-    def _reserve(self, length: int) -> None:
-        capacity = self._actions.shape[1]
-        if length > capacity:
-            more = np.empty_like(
-                self._actions, shape=(len(self._actions), max(length, 2 * capacity), *self._actions.shape[2:])
-            )
-            more[:, :capacity] = self._actions
-            self._actions = more
-
-    def state(self, index: int) -> EnvState:
-        """State of one environment."""
-        number = self._numbers[index]
-        if number is None:
-            raise WorkerError(
-                f"environment {index} can't be brought back (it takes a replay() method, and an episode whose reset "
-                f"had no options and told its episode_index)"
-            )
-        return EnvState(number, self._actions[index, : self._lengths[index]].copy(), self._seeds[index])
-
-    def load(self, index: int, state: EnvState) -> None:
-        """Note that one environment was brought to ``state``."""
-        self.begin(index, {"episode_index": state.episode}, state.seed)
-        self._reserve(len(state.actions))
-        self._actions[index, : len(state.actions)] = state.actions
-        self._lengths[index] = len(state.actions)
-
-
 def _spread(groups: Sequence[slice], n_workers: int) -> list[tuple[list[int], ...]]:
     """Each worker's environments, by group; what does not divide goes to the first workers and to the last."""
     first, second = (np.array_split(np.arange(group.start, group.stop), n_workers) for group in groups)
     return [(one.tolist(), two.tolist()) for one, two in zip(first, reversed(second), strict=True)]
+
+
+def _worker(indices: list[int], shared: SharedArrays, n_workers: int, context: Context, deadline: float) -> Worker:
+    return ProcessWorker(indices, shared, context, deadline) if n_workers else LocalWorker(indices, shared)
+
+
+def _shares(
+    workers: Sequence[Worker], shares: Sequence[tuple[list[int], ...]], groups: Groups
+) -> list[tuple[Worker, list[int]]]:
+    """The workers that hold environments of ``groups``, and which."""
+    indices = [[index for group in groups for index in share[group]] for share in shares]
+    return [(worker, mine) for worker, mine in zip(workers, indices, strict=True) if mine]
 
 
 def _arguments(seed: int | None, options: dict[str, Any]) -> dict[str, Any]:

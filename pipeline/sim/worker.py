@@ -15,14 +15,15 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing import connection
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
+
+from pipeline.sim.episodes import EnvState
 
 Env = gym.Env[Any, Any]
 EnvFn = Callable[[], Env]
@@ -35,34 +36,6 @@ TERMINAL = 2
 
 ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")}
 """What a worker sets before libraries are loaded: the processes share the cores, threads within them only collide."""
-
-
-@dataclass(frozen=True, eq=False)
-class EnvState:
-    """The whole state of a :class:`Replayable` environment.
-
-    Attributes:
-        episode: Number of the episode in the environment's own sequence; the last one if ``seed`` is given.
-        actions: Actions since the episode began, (t, *action_shape).
-        seed: Set if the episode was begun by ``reset(seed=seed)``, outside of the sequence.
-    """
-
-    episode: int
-    actions: NDArray[Any]
-    seed: int | None = None
-
-
-@runtime_checkable
-class Replayable(Protocol):
-    """An environment with a deterministic sequence of episodes, whose state can be brought back exactly.
-
-    ``reset()`` begins the next episode of the sequence and ``reset(seed=...)`` an episode outside of it. The info of
-    both carries the number of the last episode begun in the sequence as ``episode_index`` (-1 before the first).
-    """
-
-    def replay(self, episode: int, actions: NDArray[Any]) -> NDArray[Any]:
-        """Go to the state after ``actions`` (t, *action_shape) in ``episode``; returns its observation."""
-        ...
 
 
 class Failure(NamedTuple):
@@ -201,9 +174,12 @@ class EnvSlice:
         """Call a method of each environment, whichever wrapper has it."""
         return [self._envs[index].get_wrapper_attr(name)(*args, **kwargs) for index in indices]
 
-    def is_wrapped(self, indices: Iterable[int], wrapper_class: type[Any]) -> list[bool]:
-        """Whether each environment has a wrapper of that class."""
-        return [any(isinstance(env, wrapper_class) for env in _wrappers(self._envs[index])) for index in indices]
+    def is_wrapped(self, indices: Iterable[int], wrapper_class: tuple[str, str]) -> list[bool]:
+        """Whether each environment has a wrapper of the class of that module and name.
+
+        By name, because unpickling a wrapper class of stable-baselines3 would import torch: 4 s, for VecMonitor's asking.
+        """
+        return [wrapper_class in _wrapper_classes(self._envs[index]) for index in indices]
 
     def close(self) -> None:
         """Close all environments."""
@@ -211,9 +187,9 @@ class EnvSlice:
             self._envs.popitem()[1].close()
 
 
-def _wrappers(env: Env) -> Iterator[gym.Wrapper[Any, Any, Any, Any]]:
+def _wrapper_classes(env: Env) -> Iterator[tuple[str, str]]:
     while isinstance(env, gym.Wrapper):
-        yield env
+        yield from ((base.__module__, base.__qualname__) for base in type(env).__mro__)
         env = env.env
 
 
