@@ -1,0 +1,73 @@
+# `make` lists what there is. On a new machine `make repro` and `make test` do everything, environment included.
+# Another Python: `PYTHON=python3.12 make repro`. Another place for the environment: `make test VENV=/tmp/venv`.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+STAMP := $(VENV)/.requirements-installed
+POLICY ?= models/best_model.safetensors
+PORT ?= 5000
+
+# The stages in dvc.yaml say `python`, which must be the environment's.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup repro evaluate promote ui tensorboard test test-slow check lint types format clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## Virtual environment with the pinned requirements; done again when they change
+
+$(STAMP): requirements.txt requirements-dev.txt constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.13 found; set PYTHON=/path/to/python3" >&2; exit 2; }
+	"$(PYTHON)" -m venv "$(VENV)"
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	@# OpenCV with windows needs libGL. A machine without it has no screen: it gets the same release without windows.
+	@"$(BIN)/python" -c 'import cv2' 2>/dev/null || { \
+		release=$$(sed -n 's/^opencv-python==\([0-9.]*\).*/\1/p' requirements.txt); \
+		echo "no libGL here: installing opencv-python-headless $$release, which opens no windows"; \
+		"$(BIN)/python" -m pip uninstall --quiet --yes opencv-python && \
+		"$(BIN)/python" -m pip install --quiet --disable-pip-version-check opencv-python-headless==$$release && \
+		"$(BIN)/python" -c 'import cv2'; }
+	@touch "$(STAMP)"
+
+repro: setup ## Train, evaluate, film: what changed since the last time. CONFIG=configs/quick.yaml applies a file first
+	$(if $(CONFIG),"$(BIN)/python" -m pipeline.config apply "$(CONFIG)")
+	"$(BIN)/dvc" repro
+
+evaluate: setup ## Score a policy file on the held-out tracks, as JSON. POLICY=models/best_model.safetensors
+	"$(BIN)/python" -m pipeline.evaluate --policy "$(POLICY)" --json -
+
+promote: setup ## Register the policy; it becomes champion if it beats the present one
+	"$(BIN)/python" -m pipeline.promote
+
+ui: setup ## MLflow's pages: runs, films, registry. PORT=5000
+	"$(BIN)/mlflow" ui --host 127.0.0.1 --port "$(PORT)"
+
+tensorboard: setup ## Curves of all runs
+	"$(BIN)/tensorboard" --logdir runs --host 127.0.0.1
+
+test: setup ## Tests, the slow ones excepted
+	"$(BIN)/python" -m pytest
+
+test-slow: setup ## The slow tests alone: minutes
+	"$(BIN)/python" -m pytest -m slow
+
+check: lint types test ## All that must pass before a commit
+
+lint: setup ## Style and likely mistakes
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+
+types: setup ## Types
+	"$(BIN)/mypy"
+
+format: setup ## Rewrite in the project's style
+	"$(BIN)/ruff" check --fix .
+	"$(BIN)/ruff" format .
+
+clean: ## Remove caches and leftovers; runs, models and MLflow's database stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +
