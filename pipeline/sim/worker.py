@@ -177,7 +177,7 @@ class EnvSlice:
     def is_wrapped(self, indices: Iterable[int], wrapper_class: tuple[str, str]) -> list[bool]:
         """Whether each environment has a wrapper of the class of that module and name.
 
-        By name, because unpickling a wrapper class of stable-baselines3 would import torch: 4 s, for VecMonitor's asking.
+        By name: to unpickle a class of stable-baselines3, as VecMonitor asks for, would import torch, 4 s a worker.
         """
         return [wrapper_class in _wrapper_classes(self._envs[index]) for index in indices]
 
