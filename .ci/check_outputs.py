@@ -6,7 +6,6 @@ Each is read with something other than what wrote it: the film with OpenCV's dec
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import cv2
 import numpy as np
 from mlflow import MlflowClient
 
-sys.path.insert(0, os.getcwd())  # a script's own folder is on the path, the project's is not
+sys.path.insert(0, str(Path.cwd()))  # a script's own folder is on the path, the project's is not
 
 from pipeline.agent.policy import load
 from pipeline.sim.env import make_env
