@@ -17,14 +17,14 @@ import mlflow
 import pandas as pd
 from mlflow import MlflowClient
 from mlflow.data.pandas_dataset import from_pandas
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import DatasetInput, InputTag, LifecycleStage, Metric, Param, RunTag
 from mlflow.entities.dataset import Dataset
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking.context import registry as context
 
 from pipeline.tracking import provenance
-from pipeline.tracking.store import connect, experiment_id
+from pipeline.tracking.store import TrackingError, connect, experiment_id, is_missing
 
 RUN_ID_FILE = Path("metrics/mlflow.json")
 RESTORED_FROM = "restored_from"
@@ -52,20 +52,35 @@ class Run:
         created = client.create_run(experiment_id(client), tags=all_tags, run_name=name)
         run = cls(client, created.info.run_id)
         run.params(params)
-        run_id_file.parent.mkdir(parents=True, exist_ok=True)
-        run_id_file.write_text(json.dumps({"run_id": run.id}) + "\n")
+        _write_run_id(run_id_file, run.id)
         return run
+
+    @classmethod
+    def resume(cls, run_id: str, run_id_file: Path = RUN_ID_FILE) -> Run | None:
+        """Go on with a run that was interrupted; None where this store doesn't know it."""
+        client = connect()
+        try:
+            client.update_run(run_id, status="RUNNING")
+        except MlflowException:
+            return None
+        _write_run_id(run_id_file, run_id)
+        return cls(client, run_id)
 
     @classmethod
     def attach(cls, name: str, run_id_file: Path = RUN_ID_FILE) -> Run:
         """The run that ``train`` began; a restored one where this store doesn't know it (fresh clone, other server)."""
-        client = connect()
-        run_id = json.loads(run_id_file.read_text())["run_id"]
+        return cls.known_or_restored(connect(), read_run_id(run_id_file), name)
+
+    @classmethod
+    def known_or_restored(cls, client: MlflowClient, run_id: str, name: str) -> Run:
+        """The run of this id, or its stand-in where the store doesn't have it (any more), made once and found again."""
         try:
-            client.get_run(run_id)
-            return cls(client, run_id)
-        except MlflowException:
-            return cls(client, _restored(client, run_id, name))
+            if client.get_run(run_id).info.lifecycle_stage == LifecycleStage.ACTIVE:
+                return cls(client, run_id)
+        except MlflowException as error:
+            if not is_missing(error):  # a server in trouble is no reason for a second run
+                raise
+        return cls(client, _restored(client, run_id, name))
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Log parameters; lists as JSON."""
@@ -119,6 +134,25 @@ class Run:
             self._system_metrics.finish()  # type: ignore[no-untyped-call]
         status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
         self.client.set_terminated(self.id, status)
+
+
+def read_run_id(path: Path = RUN_ID_FILE) -> str:
+    """The run that ``train`` left for the next stages.
+
+    Raises:
+        TrackingError: There is none, or the file is damaged.
+    """
+    try:
+        return str(json.loads(path.read_text())["run_id"])
+    except FileNotFoundError:
+        raise TrackingError(f"{path}: no such file; it names the MLflow run. Train first: `dvc repro train`") from None
+    except (KeyError, TypeError, ValueError):
+        raise TrackingError(f'{path}: expected {{"run_id": "..."}}. Train again: `dvc repro train`') from None
+
+
+def _write_run_id(path: Path, run_id: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"run_id": run_id}) + "\n")
 
 
 def _restored(client: MlflowClient, run_id: str, name: str) -> str:

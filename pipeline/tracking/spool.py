@@ -6,9 +6,9 @@ later. A line sent twice does no harm: MLflow keeps equal (key, step, time, valu
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -17,6 +17,8 @@ from typing import Any, TextIO
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+
+from pipeline.tracking.store import first_line
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ class Spool:
     def __init__(self, path: Path, run_id: str) -> None:
         self.path, self.run_id = path, run_id
         path.parent.mkdir(parents=True, exist_ok=True)
+        _end_torn_line(path)
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._sent = path.with_suffix(".sent")
 
@@ -54,10 +57,15 @@ class Spool:
         self._file.close()
 
 
+def sent_bytes(path: Path) -> int:
+    """How many bytes of a spool MLflow has taken."""
+    sent = path.with_suffix(".sent")
+    return int(sent.read_text() or 0) if sent.exists() else 0  # empty: killed while writing it
+
+
 def unsent(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The next entries not sent yet, at most a batch, and the offset behind them. A torn last line is left."""
-    sent = path.with_suffix(".sent")
-    offset = int(sent.read_text() or 0) if sent.exists() else 0
+    offset = sent_bytes(path)
     entries: list[dict[str, Any]] = []
     with path.open("rb") as file:
         file.seek(offset)
@@ -65,8 +73,20 @@ def unsent(path: Path) -> tuple[list[dict[str, Any]], int]:
             if not line.endswith(b"\n") or len(entries) == BATCH:
                 break
             offset += len(line)
-            entries.append(json.loads(line))
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                log.warning("%s: a line torn by a killed process is left out: %.80r", path, line)
     return entries, offset
+
+
+def _end_torn_line(path: Path) -> None:
+    """Keep what comes next apart from half a line that a killed process left."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
 
 
 def send(client: MlflowClient, path: Path) -> int:
@@ -74,12 +94,10 @@ def send(client: MlflowClient, path: Path) -> int:
     count = 0
     while True:
         entries, offset = unsent(path)
-        if not entries:
+        if offset == sent_bytes(path):
             return count
         _send_metrics(client, [e for e in entries if "metrics" in e])
-        for entry in entries:
-            if "artifact" in entry:
-                client.log_artifact(entry["run_id"], entry["artifact"], entry["folder"] or None)
+        _send_artifacts(client, [e for e in entries if "artifact" in e])
         path.with_suffix(".sent").write_text(str(offset))
         count += len(entries)
 
@@ -91,6 +109,14 @@ def _send_metrics(client: MlflowClient, entries: list[dict[str, Any]]) -> None:
     for run_id, metrics in by_run.items():
         for start in range(0, len(metrics), 1000):  # MLflow's limit for one request
             client.log_batch(run_id, metrics=metrics[start : start + 1000])
+
+
+def _send_artifacts(client: MlflowClient, entries: list[dict[str, Any]]) -> None:
+    for e in entries:
+        if Path(e["artifact"]).exists():
+            client.log_artifact(e["run_id"], e["artifact"], e["folder"] or None)
+        else:  # what comes after it must not wait for ever
+            log.warning("%s was deleted before it could be sent to MLflow; left out", e["artifact"])
 
 
 class Sender:
@@ -111,7 +137,7 @@ class Sender:
         try:
             send(self._client, self._spool.path)
         except Exception as error:  # whatever the server or the network did: training goes on
-            log.warning("MLflow does not take metrics (%s); kept in %s", _first_line(error), self._spool.path)
+            log.warning("MLflow does not take metrics (%s); kept in %s", first_line(error), self._spool.path)
             return False
         return True
 
@@ -124,9 +150,3 @@ class Sender:
         if not done:
             log.warning("not all metrics reached MLflow; send them later with `python -m pipeline.sync`")
         return done
-
-
-def _first_line(error: Exception) -> str:
-    with contextlib.suppress(IndexError):
-        return str(error).splitlines()[0][:200]
-    return type(error).__name__

@@ -12,6 +12,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.config import project_root
 
@@ -21,14 +22,16 @@ DESCRIPTION = """Cars trained from pixels on Gymnasium's `CarRacing-v3`.
 
 One run is one pipeline run: `train` -> `evaluate` -> `record-videos`. **`evaluate/mean`** is the mean raw return over
 100 held-out tracks of the stock game, deterministic policy; 900 counts as solved. `eval/*` are validations during
-training, `rollout/ep_rew_mean` is the raw return of the exploring policy, `rollout/shaped_return` what it was trained on.
+training, `rollout/ep_rew_mean` is the raw return of the exploring policy, `rollout/shaped_return` what it was trained
+on.
 """
 
-# A server that is away is noticed in seconds, not in MLflow's default of four minutes.
-_PATIENCE = {
+_ENVIRONMENT = {
+    # A server that is away is noticed in seconds, not in MLflow's default of four minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
@@ -42,21 +45,31 @@ def connect() -> MlflowClient:
     Raises:
         TrackingError: The store can't be reached.
     """
-    for key, value in _PATIENCE.items():
+    for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        mlflow.set_tracking_uri(f"sqlite:///{(project_root() / 'mlflow.db').as_posix()}")
-    client = MlflowClient()
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(project_root() / 'mlflow.db').as_posix()}"
+    mlflow.set_tracking_uri(uri)
     try:
         # The first use creates the tables; several processes doing so at once break each other.
         with FileLock(project_root() / "mlflow.db.lock"):
+            client = MlflowClient()
             client.search_experiments(max_results=1)
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:
         raise TrackingError(
-            f"MLflow at {mlflow.get_tracking_uri()} does not answer: {str(error).splitlines()[0]}\n"
+            f"MLflow at {uri} can't be used: {first_line(error)}\n"
             "Start that server, or unset MLFLOW_TRACKING_URI to keep runs in this folder."
         ) from None
     return client
+
+
+def is_missing(error: MlflowException) -> bool:
+    """Whether MLflow says that it doesn't have the thing asked for, and not that something went wrong."""
+    return str(error.error_code) == "RESOURCE_DOES_NOT_EXIST"
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message, without the pages that some libraries add to it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def experiment_id(client: MlflowClient) -> str:

@@ -1,0 +1,212 @@
+"""Register the best policy, and make it champion if it drives better than the present one.
+
+python -m pipeline.promote [--policy FILE] [--config FILE] [--KEY VALUE]
+
+The policy becomes a version of ``registered_model`` in MLflow's registry with the alias ``challenger``. Champion and
+challenger drive the same held-out tracks; the alias ``champion`` moves if the challenger is better at
+``promote_alpha``, or if there is no champion yet. Exit code 0 either way.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from pipeline.config import Parser, PromoteParams, fail, parse_args, track_list
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pipeline.evaluation import Episode
+    from pipeline.tracking.registry import Registry, Version
+
+POLICY = Path("models/best_model.safetensors")
+TEST = "one-sided paired sign-flip permutation test of the mean"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Challenger against champion, paired by track.
+
+    Attributes:
+        mean: Mean difference of the returns; positive is better than the champion.
+        low: Lower end of its 95% bootstrap interval over tracks.
+        high: Upper end.
+        p_value: Chance of a mean difference this large if both drove equally well.
+        wins: Tracks on which the challenger's return is higher.
+        n_tracks: Tracks driven by both.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    wins: int
+    n_tracks: int
+
+    def __str__(self) -> str:
+        return (
+            f"mean difference {self.mean:+.2f}, 95% bootstrap interval {self.low:+.2f} to {self.high:+.2f}, "
+            f"higher on {self.wins} of {self.n_tracks} tracks; {TEST}: p = {self.p_value:.4f}"
+        )
+
+
+def compare(challenger: NDArray[np.float64], champion: NDArray[np.float64], samples: int) -> Comparison:
+    """Test whether the challenger's mean return is higher, given (n_tracks,) returns of both on the same tracks.
+
+    If both drove equally well, a track's two returns could as well be swapped: its difference could have either sign.
+    The p-value is the share of random signs that give a mean at least as high, the observed one included (Phipson and
+    Smyth 2010, "Permutation p-values should never be zero"). Wilcoxon's signed ranks would ask about the typical track
+    instead: a challenger a little faster on 90 tracks that crashes on 10 would win it, with a lower mean.
+    """
+    import numpy as np
+
+    differences = challenger - champion
+    random = np.random.default_rng(0)
+    flipped = random.choice([-1.0, 1.0], (samples, len(differences))) @ differences / len(differences)
+    # Equal up to rounding counts as equal: sums of the same numbers differ in the last bits.
+    p_value = (1 + np.count_nonzero(flipped >= differences.mean() - 1e-9)) / (1 + samples)
+    resampled = random.choice(differences, (samples, len(differences))).mean(axis=1)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Comparison(
+        float(differences.mean()),
+        float(low),
+        float(high),
+        float(p_value),
+        int(np.count_nonzero(differences > 0)),
+        len(differences),
+    )
+
+
+def drive_tracks(policies: Sequence[Path], tracks: Sequence[int]) -> list[list[Episode]]:
+    """Every policy on every track, on all cores; per policy the episodes in the order of ``tracks``."""
+    from tqdm import tqdm
+
+    from pipeline.evaluation import Evaluator
+
+    total = len(policies) * len(tracks)
+    with Evaluator() as evaluator, tqdm(total=total, unit="track", disable=not sys.stderr.isatty()) as bar:
+        return [evaluator.play(policy, tracks, on_episode=lambda _: bar.update()) for policy in policies]
+
+
+def promote(params: PromoteParams, policy: Path = POLICY) -> str:
+    """Register, compare, decide; returns what was done and why.
+
+    Raises:
+        PolicyError: The file is not a policy of this project.
+        TrackingError: MLflow can't be used, or has lost the champion's policy file.
+    """
+    import shutil
+
+    from pipeline.agent.policy import load
+    from pipeline.tracking.registry import Registry, sha256
+
+    load(policy)  # refused here, under the name it was given
+    registry = Registry(params.registered_model)
+    with TemporaryDirectory() as name:
+        # What is driven is what is registered, also if a training replaces the file meanwhile.
+        contender = Path(shutil.copyfile(policy, Path(name) / POLICY.name))
+        champion, known = registry.champion(), registry.find(sha256(contender))
+        if champion and champion == known:
+            return f"{policy} is registered as version {known.number} already, and is the champion: nothing to do."
+        rival = [registry.download(champion, Path(name))] if champion else []
+        episodes = drive_tracks([contender, *rival], track_list(params.tracks))
+        challenger = known or register(registry, contender, params, episodes[0])
+    if known:
+        said = f"{policy} is registered as version {known.number} already: nothing new is registered."
+    else:
+        said = f"{policy} is registered as {params.registered_model} version {challenger.number}."
+    return f"{said}\n{decide(registry, params, challenger, champion, episodes)}"
+
+
+def register(registry: Registry, policy: Path, params: PromoteParams, episodes: Sequence[Episode]) -> Version:
+    """A new version, tied to the pipeline's run if this is the policy that run produced."""
+    from importlib.metadata import version
+
+    from pipeline.agent.policy import load, spaces_of
+    from pipeline.evaluation import summarize
+
+    figures = summarize(episodes, params.bootstrap_samples)
+    tags = {
+        "evaluate/mean": str(figures["mean"]),
+        "evaluate/std": str(figures["std"]),
+        "tracks": params.tracks,
+        "gymnasium": version("gymnasium"),
+    }
+    observation, _ = spaces_of(load(policy).observation)
+    return registry.register(policy, observation.shape, run_of(policy), tags)
+
+
+def run_of(policy: Path) -> str | None:
+    """The MLflow run that produced a policy file: the pipeline's, if the pipeline's best policy is the same file."""
+    from pipeline.tracking.registry import sha256
+    from pipeline.tracking.run import RUN_ID_FILE, Run
+
+    if not (RUN_ID_FILE.exists() and POLICY.exists() and sha256(POLICY) == sha256(policy)):
+        return None
+    return Run.attach("promote").id
+
+
+def decide(
+    registry: Registry,
+    params: PromoteParams,
+    challenger: Version,
+    champion: Version | None,
+    episodes: Sequence[Sequence[Episode]],
+) -> str:
+    """Move the aliases; ``episodes`` are the challenger's, then the champion's. Returns why, in words."""
+    from pipeline.tracking.registry import CHALLENGER, CHAMPION
+
+    registry.point(CHALLENGER, challenger)
+    means = [f"{returns(each).mean():.2f} +- {returns(each).std():.2f}" for each in episodes]
+    if champion is None:
+        registry.point(CHAMPION, challenger)
+        return f"There was no champion: version {challenger.number} ({means[0]}) becomes the first."
+    result = compare(returns(episodes[0]), returns(episodes[1]), params.bootstrap_samples)
+    better = result.p_value <= params.promote_alpha
+    if better:
+        registry.point(CHAMPION, challenger)
+    verdict = (
+        f"Version {challenger.number} is the new champion: better than version {champion.number}"
+        if better
+        else f"Version {champion.number} stays champion: version {challenger.number} is not better"
+    )
+    return (
+        f"challenger, version {challenger.number}: {means[0]}\nchampion, version {champion.number}: {means[1]}\n"
+        f"{result}\n{verdict} at promote_alpha = {params.promote_alpha}."
+    )
+
+
+def returns(episodes: Sequence[Episode]) -> NDArray[np.float64]:
+    """(n_tracks,) raw returns."""
+    import numpy as np
+
+    return np.array([episode.episode_return for episode in episodes])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; exit code 2 for mistakes of the user."""
+    parser = Parser(prog="python -m pipeline.promote", description=__doc__)
+    parser.add_argument("--policy", type=Path, default=POLICY, metavar="FILE", help=f"policy file [default {POLICY}]")
+    params, arguments = parse_args(PromoteParams, parser, argv)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    if arguments.policy.suffix != ".safetensors" or not arguments.policy.is_file():
+        fail(f"{arguments.policy}: expected a .safetensors policy file; train one with `python -m pipeline.train`")
+    from pipeline.agent.policy import PolicyError
+    from pipeline.tracking.store import TrackingError
+
+    try:
+        print(promote(params, arguments.policy))
+    except (PolicyError, TrackingError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

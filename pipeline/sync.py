@@ -1,0 +1,174 @@
+"""Bring MLflow up to date with what happened while nobody told it.
+
+python -m pipeline.sync
+
+Sends what runs could not send while MLflow was away, ends runs whose process was killed as KILLED, and ties DVC's
+experiments to their MLflow runs. An experiment from another clone or from DVC's cache, whose run this store does not
+have, gets a restored run with the parameters and metrics that git holds. Prints a table of the experiments.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import ConfigError, Parser, TrainParams, fail, load, project_root
+
+if TYPE_CHECKING:
+    from pipeline.tracking.run import Run
+
+log = logging.getLogger("pipeline.sync")
+
+EXPERIMENT_REF = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(?P<name>[^/]+)")
+"""DVC's ``refs/exps/<baseline>/<name>``; its queue and its running experiments have refs of other forms."""
+SCORES = {"train": "metrics/train.json", "evaluate": "metrics/evaluate.json"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A DVC experiment and what git holds of it.
+
+    Attributes:
+        name: As in ``dvc exp show``.
+        rev: Its git commit.
+        run_id: The MLflow run that its stages wrote to.
+    """
+
+    name: str
+    rev: str
+    run_id: str
+
+
+def send_spools(client: Any, folder: Path) -> None:
+    """Send what is left in the spools of all run folders; one that can't be sent does not hold up the others."""
+    from pipeline.tracking.spool import send
+    from pipeline.tracking.store import first_line
+
+    for spool in sorted(folder.glob("*/spool-*.jsonl")):
+        try:
+            if count := send(client, spool):
+                log.info("sent %d entries of %s", count, spool)
+        except Exception as error:  # a deleted run, an unknown one, a server that went away again
+            log.warning("%s can't be sent and stays: %s", spool, first_line(error))
+
+
+def experiments() -> list[Experiment]:
+    """All DVC experiments of this repository whose ``train`` stage wrote a run id, oldest first."""
+    found = []
+    refs = git("for-each-ref", "--sort=creatordate", "--format=%(refname) %(objectname)", "refs/exps")
+    for ref, rev in map(str.split, refs.splitlines()):
+        match, run_id = EXPERIMENT_REF.fullmatch(ref), read_json(rev, "metrics/mlflow.json").get("run_id")
+        if match and run_id:
+            found.append(Experiment(match["name"], rev, run_id))
+    return found
+
+
+def git(*arguments: str) -> str:
+    """Output of a git command in the project; empty when it fails."""
+    try:
+        result = subprocess.run(["git", *arguments], cwd=project_root(), capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return result.stdout
+
+
+def read_json(rev: str, path: str) -> dict[str, Any]:
+    """A JSON file of a commit; empty if it isn't there."""
+    text = git("show", f"{rev}:./{path}")
+    return dict(json.loads(text)) if text else {}
+
+
+def tie(client: Any, found: Sequence[Experiment]) -> list[tuple[str, ...]]:
+    """Name each run's experiments in its tags; returns rows of experiment, run, status, evaluate/mean.
+
+    Experiments share a run where DVC took ``train`` from its cache.
+    """
+    from pipeline.tracking.run import Run
+
+    rows: list[tuple[str, ...]] = []
+    for run_id in dict.fromkeys(experiment.run_id for experiment in found):
+        group = [experiment for experiment in found if experiment.run_id == run_id]
+        run = Run.known_or_restored(client, run_id, group[0].name)
+        fill_if_restored(run, group[-1].rev)
+        names, revs = ", ".join(e.name for e in group), ", ".join(e.rev for e in group)
+        run.tags({"dvc.experiment": names, "dvc.experiment_rev": revs})
+        status = client.get_run(run.id).info.status + ("" if run.id == run_id else ", restored")
+        rows += [(e.name, run.id, status, evaluated_mean(e)) for e in group]
+    return rows
+
+
+def evaluated_mean(experiment: Experiment) -> str:
+    """The experiment's own score: several may share a run, which shows the last one's."""
+    mean = read_json(experiment.rev, SCORES["evaluate"]).get("mean")
+    return "-" if mean is None else f"{mean:.2f}"
+
+
+def fill_if_restored(run: Run, rev: str) -> None:
+    """Give a restored run the parameters and final metrics of a commit that it doesn't have yet."""
+    from ruamel.yaml import YAML
+
+    from pipeline.tracking.run import RESTORED_FROM
+
+    data = run.client.get_run(run.id).data
+    if RESTORED_FROM not in data.tags:
+        return
+    params = YAML(typ="safe", pure=True).load(git("show", f"{rev}:./params.yaml")) or {}
+    run.params({key: value for key, value in params.items() if key not in data.params})
+    for stage, path in SCORES.items():
+        figures = {f"{stage}/{key}": value for key, value in read_json(rev, path).items()}
+        run.metrics({key: value for key, value in figures.items() if key not in data.metrics})
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def sync(folder: Path) -> str:
+    """All of it, for the run folders in ``folder``; returns the table of experiments.
+
+    Raises:
+        TrackingError: MLflow can't be reached.
+    """
+    from pipeline.tracking.lost import mark_killed
+    from pipeline.tracking.store import connect, experiment_id
+
+    client = connect()
+    send_spools(client, folder)
+    for name in mark_killed(client, experiment_id(client)):
+        log.info("run %s: its process is gone; now KILLED", name)
+    if not (project_root() / ".dvc").is_dir():
+        return f"{project_root()} is not a DVC project: no experiments to tie to their runs."
+    rows = tie(client, experiments())
+    if not rows:
+        return "No DVC experiments yet; `dvc exp run` makes one."
+    return table([("experiment", "run", "status", "evaluate/mean"), *rows])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; exit code 2 for mistakes of the user."""
+    Parser(prog="python -m pipeline.sync", description=__doc__).parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        log_root = load(TrainParams).log_root
+    except ConfigError as error:
+        fail(error)
+    from pipeline.tracking.store import TrackingError
+
+    try:
+        print(sync(project_root() / log_root))
+    except TrackingError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()
