@@ -11,26 +11,35 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import platform
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.config import Parser, TrainParams, fail, parse_args, project_root
+from pipeline.config import Parser, TrainParams, cores, fail, parse_args, project_root
 
 if TYPE_CHECKING:
+    from stable_baselines3.common.callbacks import CallbackList
+
+    from pipeline.agent.checkpoint import State
     from pipeline.agent.ppo import DrivingPPO
     from pipeline.evaluation import Evaluator
+    from pipeline.tracking.run import Run
     from pipeline.tracking.spool import Spool
 
 log = logging.getLogger("pipeline.train")
 
 BEST, FINAL = Path("models/best_model.safetensors"), Path("models/final_model.safetensors")
+LOG = "train.log"
+STATE_SECONDS = 10.0
+"""At most so much work is lost with a killed training; saving takes 20 ms."""
 METRICS, CURVE, CURVE_PICTURE = (
     Path("metrics/train.json"),
     Path("plots/validation.csv"),
@@ -38,74 +47,136 @@ METRICS, CURVE, CURVE_PICTURE = (
 )
 
 
+class RunFolderError(Exception):
+    """Another process trains with the same parameters."""
+
+
 def train(params: TrainParams) -> dict[str, float]:
     """Train one policy; returns what is written to ``metrics/train.json``.
 
     Raises:
         TrackingError: MLflow's store can't be reached.
+        RunFolderError: Another process trains with the same parameters.
+        CheckpointError: The training was interrupted and every state it left is damaged.
         WorkerError: An environment failed again and again.
     """
     # Imported here: they take 4 s, and a mistake in the parameters is told before that.
-    from stable_baselines3.common.callbacks import CallbackList
-
-    from pipeline.agent.callbacks import EpisodeStatistics, Periodic, Progress
+    from pipeline.agent import checkpoint
     from pipeline.agent.ppo import build_model
-    from pipeline.config import cores
     from pipeline.evaluation import Evaluator
     from pipeline.sim.env import make_training_env
     from pipeline.sim.vec_env import SharedMemoryVecEnv
     from pipeline.tracking.run import Run
     from pipeline.tracking.spool import Sender, Spool
 
-    began = time.monotonic()
-    folder = open_run_folder(params)
-    workers = min(params.n_workers or cores(), params.n_envs)
-    run = Run.begin(params.run_name, params.model_dump(), {"fingerprint": params.fingerprint()})
-    spool = Spool(folder / f"spool-{run.id}.jsonl", run.id)
-    sender = Sender(run.client, spool)
-    with run, Evaluator(workers) as evaluator:
-        run.track_set(validation_tracks(params), "validation", "validation")
-        run.artifact(folder / "config.json")
-        env = SharedMemoryVecEnv(
-            [partial(make_training_env, params, index) for index in range(params.n_envs)],
-            n_workers=workers if params.n_envs > 1 else 0,
-        )
-        try:
+    folder = run_folder(params)
+    with one_writer(folder):
+        state = checkpoint.latest(folder / "checkpoints")
+        if state is None:
+            set_aside(folder)
+        start_log(folder, params)
+        run = Run.resume(state.header["extra"]["run_id"]) if state else None
+        run = run or Run.begin(params.run_name, params.model_dump(), {"fingerprint": params.fingerprint()})
+        workers = min(params.n_workers or cores(), params.n_envs)
+        with run, Evaluator(workers) as evaluator, ExitStack() as stack:
+            spool = stack.enter_context(Spool(folder / f"spool-{run.id}.jsonl", run.id))
+            stack.enter_context(Sender(run.client, spool))
+            env = SharedMemoryVecEnv(
+                [partial(make_training_env, params, index) for index in range(params.n_envs)],
+                n_workers=workers if params.n_envs > 1 else 0,
+            )
+            stack.callback(env.close)
             model = build_model(params, env)
-            announce(run, model, folder, workers)
             model.set_logger(build_logger(folder, spool))
-            keeper = Keeper(params, model, evaluator, folder, spool, began)
-            callbacks: list[Any] = [
-                EpisodeStatistics(),
-                Periodic(params.eval_freq, keeper.validate),
-                Periodic(params.save_freq, keeper.checkpoint),
-                Progress(params.total_timesteps),
-            ]
-            model.learn(params.total_timesteps, CallbackList(callbacks))
-        finally:
-            env.close()
-            sender.close()
-        keeper.save(FINAL)
-        figures = keeper.publish(began)
-        run.metrics({f"best/{key}": value for key, value in keeper.best.items()}, step=int(keeper.best["agent_steps"]))
-        for path, where in ((BEST, "models"), (FINAL, "models"), (CURVE_PICTURE, "plots"), (folder / "train.log", "")):
-            run.artifact(path, where)
+            session = Session(params, model, evaluator, folder, spool)
+            if state:
+                session.resume(state, run)
+            announce(run, model, folder, workers)
+            run.track_set(validation_tracks(params), "validation", "validation")
+            run.artifact(folder / "config.json")
+            remaining = params.total_timesteps - model.num_timesteps
+            model.learn(max(remaining, 0), session.callbacks(), reset_num_timesteps=state is None)
+            figures = session.publish()
+            run.metrics({f"best/{k}": v for k, v in session.best.items()}, step=int(session.best["agent_steps"]))
+            for path, where in ((BEST, "models"), (FINAL, "models"), (CURVE_PICTURE, "plots"), (folder / LOG, "")):
+                run.artifact(path, where)
+        for path in checkpoint.states(folder / "checkpoints"):
+            path.unlink()  # done: the next training of these parameters starts from the beginning
     log.info("best validation mean %.1f; look at it with `mlflow ui`", figures["best_mean_reward"])
     return figures
 
 
-@dataclass
-class Keeper:
-    """Plays the validation tracks, keeps the best policy and every checkpoint, and writes what comes out."""
+class Session:
+    """What a training does beside learning: validates, keeps the best policy and its own state, publishes the result.
 
-    params: TrainParams
-    model: DrivingPPO
-    evaluator: Evaluator
-    folder: Path
-    spool: Spool
-    began: float
-    best: dict[str, float] = field(default_factory=lambda: {"score": float("-inf")})
-    history: list[dict[str, float]] = field(default_factory=list)
+    Attributes:
+        best: Validation figures of the best policy so far, and its agent steps.
+        history: One row per validation, for the curves.
+    """
+
+    def __init__(
+        self, params: TrainParams, model: DrivingPPO, evaluator: Evaluator, folder: Path, spool: Spool
+    ) -> None:
+        from pipeline.agent.callbacks import EpisodeStatistics, Periodic
+
+        self.params, self.model, self.evaluator, self.folder, self.spool = params, model, evaluator, folder, spool
+        self.best: dict[str, float] = {"score": float("-inf")}
+        self.history: list[dict[str, float]] = []
+        self.statistics = EpisodeStatistics()
+        self.validations = Periodic(params.eval_freq, self.validate)
+        self.checkpoints = Periodic(params.save_freq, self.checkpoint)
+        self._began = self._state_saved = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock spent on this training, over all its sessions."""
+        return time.monotonic() - self._began
+
+    def callbacks(self) -> CallbackList:
+        """In the order in which they act: a state is saved when everything else of its moment is done."""
+        from stable_baselines3.common.callbacks import CallbackList
+
+        from pipeline.agent.callbacks import EveryRollout, Progress
+
+        progress = Progress(self.params.total_timesteps)
+        return CallbackList(
+            [self.statistics, self.validations, self.checkpoints, EveryRollout(self.save_state_sometimes), progress]
+        )
+
+    def save_state_sometimes(self) -> None:
+        """Save the state if the last one is older than ``STATE_SECONDS``."""
+        if time.monotonic() - self._state_saved >= STATE_SECONDS:
+            self.save_state()
+
+    def save_state(self) -> None:
+        """Save everything that an exact resume needs."""
+        from pipeline.agent import checkpoint
+
+        extra = {
+            "run_id": self.spool.run_id,
+            "seconds": self.seconds,
+            "best": self.best,
+            "history": self.history,
+            "statistics": list(self.statistics.episodes),
+            "last_validation": self.validations.last,
+            "last_checkpoint": self.checkpoints.last,
+        }
+        checkpoint.publish(self.folder / "checkpoints", checkpoint.capture(self.model, extra))
+        self._state_saved = time.monotonic()
+
+    def resume(self, state: State, run: Run) -> None:
+        """Go on from ``state``; says so, and whether the result will be the same to the bit."""
+        from pipeline.agent import checkpoint
+
+        checkpoint.restore(self.model, state)
+        extra, here = state.header["extra"], checkpoint.machine()
+        self.best, self.history = extra["best"], extra["history"]
+        self.statistics.episodes.extend(extra["statistics"])
+        self.validations.last, self.checkpoints.last = extra["last_validation"], extra["last_checkpoint"]
+        self._began -= extra["seconds"]
+        exact = state.header["machine"] == here
+        run.tags({"resumed": "exact" if exact else f"statistical: {state.header['machine']} -> {here}"})
+        log.info("resumed at %s steps%s", f"{self.model.num_timesteps:,}", "" if exact else " (on another machine)")
 
     def save(self, path: Path) -> Path:
         """Write the present policy."""
@@ -116,7 +187,8 @@ class Keeper:
 
     def checkpoint(self, steps: int) -> None:
         """Keep the present policy under its number of steps."""
-        self.spool.artifact(self.save(self.folder / "checkpoints" / f"policy_{steps:010}.safetensors"), "checkpoints")
+        self.spool.artifact(self.save(self.folder / "checkpoints" / f"policy_{steps:012}.safetensors"), "checkpoints")
+        self.save_state()
 
     def validate(self, steps: int) -> None:
         """Drive the validation tracks on the stock game; keep the policy if none scored higher before."""
@@ -151,7 +223,7 @@ class Keeper:
             {
                 "agent_steps": steps,
                 "frames": steps * self.params.frame_skip,
-                "seconds": round(time.monotonic() - self.began, 1),
+                "seconds": round(self.seconds, 1),
                 "ep_rew_mean": float(_mean([e["r"] for e in episodes])),
                 "eval_mean": figures["mean"],
                 "eval_std": figures["std"],
@@ -159,18 +231,18 @@ class Keeper:
             }
         )
 
-    def publish(self, began: float) -> dict[str, float]:
-        """Write the stage's outputs: best policy, curves, ``metrics/train.json``."""
+    def publish(self) -> dict[str, float]:
+        """Write the stage's outputs: best and final policy, curves, ``metrics/train.json``."""
         import pandas as pd
 
         from pipeline.media import charts
 
-        BEST.parent.mkdir(exist_ok=True)
+        self.save(FINAL)
         shutil.copyfile(self.folder / "best_model.safetensors", BEST)
         CURVE.parent.mkdir(exist_ok=True)
         pd.DataFrame(self.history).drop(columns="seconds").to_csv(CURVE, index=False)
         charts.learning_curve(self.history, CURVE_PICTURE)
-        seconds = time.monotonic() - began
+        seconds = self.seconds
         solved = [row["seconds"] / 60 for row in self.history if row["eval_mean"] >= 900]
         figures = {
             "agent_steps": self.model.num_timesteps,
@@ -193,31 +265,63 @@ def validation_tracks(params: TrainParams) -> list[int]:
     return list(range(params.validation_seed, params.validation_seed + params.n_eval_episodes))
 
 
-def open_run_folder(params: TrainParams) -> Path:
-    """Make the run folder with the effective parameters, and send the log there and to the console."""
-    folder = project_root() / params.log_root / f"{params.run_name}-{params.fingerprint()}"
+def run_folder(params: TrainParams) -> Path:
+    """Folder of these parameters and this code: the same again, to go on where a killed training stopped."""
+    return project_root() / params.log_root / f"{params.run_name}-{params.fingerprint()}"
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Hold the run folder; a second trainer of the same parameters is told who does.
+
+    Raises:
+        RunFolderError: Another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
     folder.mkdir(parents=True, exist_ok=True)
+    holder = folder / "holder.txt"
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            holder.write_text(f"process {os.getpid()} on {platform.node()}\n")
+            yield
+    except Timeout:
+        who = holder.read_text().strip() if holder.exists() else "another process"
+        raise RunFolderError(f"{folder} is being trained by {who}; wait for it, stop it, or change run_name") from None
+
+
+def set_aside(folder: Path) -> None:
+    """Move what an earlier, finished training of the same parameters left, so that nothing is written over."""
+    leftovers = [path for path in folder.iterdir() if path.name not in ("lock", "holder.txt")]
+    if leftovers:
+        earlier = folder / f"earlier-{sum(1 for _ in folder.glob('earlier-*')) + 1}"
+        earlier.mkdir()
+        for path in leftovers:
+            if not path.name.startswith("earlier-"):
+                path.rename(earlier / path.name)
+
+
+def start_log(folder: Path, params: TrainParams) -> None:
+    """Write the effective parameters, and send the log to the run folder and to the console."""
     (folder / "config.json").write_text(params.model_dump_json(indent=2) + "\n")
     logging.basicConfig(
         level=logging.INFO,
         format="%(asctime)s %(message)s",
         datefmt="%H:%M:%S",
-        handlers=[logging.StreamHandler(), logging.FileHandler(folder / "train.log", encoding="utf-8")],
+        handlers=[logging.StreamHandler(), logging.FileHandler(folder / LOG, encoding="utf-8")],
         force=True,
     )
     for noisy in ("alembic", "mlflow", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    return folder
 
 
 def build_logger(folder: Path, spool: Spool) -> Any:
-    """SB3's logger to TensorBoard files, CSV and the spool for MLflow."""
-    from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoardOutputFormat
+    """SB3's logger to TensorBoard files and the spool for MLflow."""
+    from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 
     from pipeline.tracking.writer import SpoolWriter
 
-    formats = [TensorBoardOutputFormat(str(folder / "tensorboard")), CSVOutputFormat(str(folder / "progress.csv"))]
-    return Logger(str(folder), [*formats, SpoolWriter(spool)])
+    return Logger(str(folder), [TensorBoardOutputFormat(str(folder / "tensorboard")), SpoolWriter(spool)])
 
 
 def announce(run: Any, model: DrivingPPO, folder: Path, workers: int) -> None:
@@ -258,11 +362,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage; exit code 2 for mistakes of the user, 130 for Ctrl-C, 143 for SIGTERM."""
     params, _ = parse_args(TrainParams, Parser(prog="python -m pipeline.train", description=__doc__), argv)
     signal.signal(signal.SIGTERM, _terminate)
+    from pipeline.agent.checkpoint import CheckpointError
     from pipeline.tracking.store import TrackingError
 
     try:
         train(params)
-    except TrackingError as error:
+    except (TrackingError, RunFolderError, CheckpointError) as error:
         fail(error)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -47,6 +47,21 @@ class Periodic(BaseCallback):
         self.action(self.num_timesteps)
 
 
+class EveryRollout(BaseCallback):
+    """Call ``action()`` before each rollout but the first, when the last update is done."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        super().__init__()
+        self.action = action
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.num_timesteps:
+            self.action()
+
+
 class EpisodeStatistics(BaseCallback):
     """Log what explains the return: the shaped return, finished laps, lap time, tiles, and how the pedals are used."""
 

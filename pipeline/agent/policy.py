@@ -53,7 +53,7 @@ class Policy:
     ) -> None:
         self.observation, self.network, self.info = observation, network, info
         self.module = build_network(observation, network)
-        expected = _without_aliases(self.module.state_dict())
+        expected = without_aliases(self.module.state_dict())
         wrong = [k for k in expected.keys() | weights.keys() if _shape(expected, k) != _shape(weights, k)]
         if wrong:
             key = min(wrong)
@@ -76,7 +76,7 @@ class Policy:
         return values
 
 
-def _without_aliases(weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
+def without_aliases(weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
     """SB3 lists the shared features extractor three times; keep it once."""
     return {k: v for k, v in weights.items() if not k.startswith(("pi_features_extractor.", "vf_features_extractor."))}
 
@@ -110,7 +110,7 @@ def save(path: Path, module: DrivingNetwork, params: ObservationParams, network:
         "network": _only(NetworkParams, network),
         "info": {"agent_steps": steps, "gymnasium": gym.__version__},
     }
-    weights = {k: v.detach().cpu().contiguous() for k, v in _without_aliases(module.state_dict()).items()}
+    weights = {k: v.detach().cpu().contiguous() for k, v in without_aliases(module.state_dict()).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file(weights, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
@@ -173,7 +173,7 @@ def _load_sb3_zip(path: Path, observation: ObservationParams | None) -> Policy:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise PolicyError(f"not a readable SB3 zip ({reason})") from None
     network = _infer_network(weights, description)
-    return Policy(_without_aliases(weights), observation, network, {"source": "stable-baselines3 zip"})
+    return Policy(without_aliases(weights), observation, network, {"source": "stable-baselines3 zip"})
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:

@@ -6,8 +6,9 @@ The environments are two groups. While the network picks actions for one group, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -16,7 +17,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.utils import explained_variance, set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
 
 from pipeline.agent.network import DrivingNetwork, choose_dtype, network_kwargs
 from pipeline.config import TrainParams, cores
@@ -48,19 +51,44 @@ class RewardScaler:
         return np.clip(rewards, -self.clip, self.clip) if self.clip else rewards
 
 
+UPDATE_STATISTICS = (
+    "policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "loss"
+)  # fmt: skip
+
+
+class Rollout(NamedTuple):
+    """What an update needs of n decisions: observations (n, c, h, w) uint8, actions (n, action_dim), the rest (n,)."""
+
+    observations: th.Tensor
+    actions: th.Tensor
+    log_probs: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+
+    def pick(self, rows: th.Tensor) -> Rollout:
+        """The decisions at these rows."""
+        return Rollout(*(tensor[rows] for tensor in self))
+
+
 class DrivingPPO(PPO):
-    """PPO (Schulman et al. 2017) as in SB3; only the rollout loop is its own.
+    """PPO (Schulman et al. 2017) as in SB3, with its own way of the data through rollout and update.
 
     Args:
         reward_scaler: Applied to the rewards before advantages are estimated.
+        generator: Shuffles the minibatches; its state fits in a checkpoint.
     """
 
     policy: DrivingNetwork
     env: SharedMemoryVecEnv
 
-    def __init__(self, *args: Any, reward_scaler: RewardScaler, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, reward_scaler: RewardScaler, generator: np.random.Generator, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.reward_scaler = reward_scaler
+        self.reward_scaler, self.generator = reward_scaler, generator
+
+    def restore_episodes(self, episodes: Sequence[dict[str, Any]]) -> None:
+        """Refill the running statistics of the latest episodes, oldest first."""
+        self.ep_info_buffer = deque(episodes, maxlen=self._stats_window_size)
+        self.ep_success_buffer = deque(maxlen=self._stats_window_size)
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
@@ -156,6 +184,72 @@ class DrivingPPO(PPO):
         callback.update_locals({"infos": infos, "rewards": rewards, "dones": dones})
         return callback.on_step()
 
+    def train(self) -> None:
+        """Improve the policy on the rollout: ``n_epochs`` passes in shuffled minibatches.
+
+        The losses are SB3's. What differs is the way of the data: minibatches are picked from one flat uint8 tensor by
+        torch (no transposed copy of the rollout, no second copy per batch), and numbers for the log stay on the device
+        until the end.
+        """
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+        data = self._flat_rollout()
+        size = len(data.advantages)
+        statistics: list[th.Tensor] = []
+        for _ in range(self.n_epochs):
+            order = th.from_numpy(self.generator.permutation(size)).to(self.device)
+            for start in range(0, size, self.batch_size):
+                batch = data.pick(order[start : start + self.batch_size])
+                statistics.append(self._gradient_step(batch, clip_range))
+            self._n_updates += 1
+        self._record_update(th.stack(statistics).mean(dim=0).tolist(), clip_range)
+
+    def _flat_rollout(self) -> Rollout:
+        buffer = self.rollout_buffer
+        size = buffer.buffer_size * buffer.n_envs
+
+        def flat(array: NDArray[Any]) -> th.Tensor:
+            return th.from_numpy(array.reshape(size, *array.shape[2:])).to(self.device)
+
+        return Rollout(
+            flat(buffer.observations), flat(buffer.actions), flat(buffer.log_probs),
+            flat(buffer.advantages), flat(buffer.returns),
+        )  # fmt: skip
+
+    def _gradient_step(self, batch: Rollout, clip_range: float) -> th.Tensor:
+        """One minibatch; returns policy loss, value loss, entropy loss, approximate KL, clipped share, loss."""
+        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, batch.actions)
+        advantages = batch.advantages
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        log_ratio = log_prob - batch.log_probs
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+        policy_loss = -th.min(advantages * ratio, advantages * clipped).mean()
+        value_loss = nn.functional.mse_loss(values.flatten(), batch.returns)
+        entropy_loss = log_prob.mean() if entropy is None else -entropy.mean()
+        loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+        self.policy.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        self.policy.optimizer.step()
+        with th.no_grad():
+            approx_kl = ((ratio - 1) - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
+            clip_fraction = ((ratio - 1).abs() > clip_range).float().mean()
+            return th.stack([policy_loss, value_loss, entropy_loss, approx_kl, clip_fraction, loss]).detach()
+
+    def _record_update(self, means: list[float], clip_range: float) -> None:
+        """Log what SB3 logs of an update, under its names."""
+        buffer = self.rollout_buffer
+        for name, value in zip(UPDATE_STATISTICS, means, strict=True):
+            self.logger.record(f"train/{name}", value)
+        explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
+        self.logger.record("train/explained_variance", float(explained))
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/clip_range", clip_range)
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", self.policy.log_std.exp().mean().item())
+
     def _resample_noise(self) -> None:
         self.policy.reset_noise(max(rows.stop - rows.start for rows in self.env.groups))
 
@@ -186,6 +280,8 @@ def schedule(kind: str, initial: float) -> Callable[[float], float]:
 def build_model(params: TrainParams, env: SharedMemoryVecEnv) -> DrivingPPO:
     """The PPO of these parameters, on its device, with torch's threads set."""
     th.set_num_threads(params.num_threads or cores())
+    # Not by PPO's own `seed`: that would also seed the environments, whose tracks have a sequence of their own.
+    set_random_seed(params.seed)
     device = choose_device(params.device)
     dtype = choose_dtype(params.precision, device)
     return DrivingPPO(
@@ -204,7 +300,7 @@ def build_model(params: TrainParams, env: SharedMemoryVecEnv) -> DrivingPPO:
         use_sde=params.action_head == "gsde",
         sde_sample_freq=params.sde_sample_freq,
         policy_kwargs={**network_kwargs(params, dtype), "optimizer_kwargs": {"eps": 1e-5, "fused": True}},
-        seed=params.seed,
         device=device,
+        generator=np.random.default_rng(params.seed),
         reward_scaler=RewardScaler(env.num_envs, params.gamma, params.normalize_reward, params.reward_clip),
     )

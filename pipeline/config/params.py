@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -10,6 +11,10 @@ from pydantic.fields import FieldInfo
 
 FIRST_TRAINING_TRACK = 1_000_000
 """Training tracks have seeds from here on, so validation and test tracks below can never be among them."""
+
+PACKAGE = Path(__file__).parent.parent
+LEARNING_CODE = ("agent", "config", "sim")
+"""Rooms whose code decides which policy comes out."""
 
 
 def _whole(value: object) -> object:
@@ -55,8 +60,11 @@ class Params(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
     def fingerprint(self) -> str:
-        """Eight hex digits that name these values: equal for equal parameters, different otherwise."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]
+        """Eight hex digits that name these values and the code that learns from them: equal only if both are."""
+        sha = hashlib.sha256(self.model_dump_json().encode())
+        for path in sorted(p for room in LEARNING_CODE for p in (PACKAGE / room).rglob("*.py")):
+            sha.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
+        return sha.hexdigest()[:8]
 
 
 class ObservationParams(Params):

@@ -37,12 +37,15 @@ class Spool:
         self.path, self.run_id = path, run_id
         path.parent.mkdir(parents=True, exist_ok=True)
         _end_torn_line(path)
+        self._known = _metrics_in(path)  # a resumed training says again what it said after its last checkpoint
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._sent = path.with_suffix(".sent")
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Append one batch of metrics."""
-        self._put({"metrics": dict(values), "step": step, "time": int(time.time() * 1000)})
+        """Append one batch of metrics, each (metric, step) once."""
+        new = {key: value for key, value in values.items() if (key, step) not in self._known}
+        if new:
+            self._put({"metrics": new, "step": step, "time": int(time.time() * 1000)})
 
     def artifact(self, path: Path, folder: str) -> None:
         """Append a file to upload; it must stay where it is until it is sent."""
@@ -52,7 +55,10 @@ class Spool:
         self._file.write(json.dumps({"run_id": self.run_id, **entry}) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
         """Close the file; unsent lines stay."""
         self._file.close()
 
@@ -61,6 +67,14 @@ def sent_bytes(path: Path) -> int:
     """How many bytes of a spool MLflow has taken."""
     sent = path.with_suffix(".sent")
     return int(sent.read_text() or 0) if sent.exists() else 0  # empty: killed while writing it
+
+
+def _metrics_in(path: Path) -> set[tuple[str, int]]:
+    if not path.exists():
+        return set()
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    entries = [entry for entry in map(json.loads, lines) if "metrics" in entry]
+    return {(key, entry["step"]) for entry in entries for key in entry["metrics"]}
 
 
 def unsent(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -128,6 +142,12 @@ class Sender:
         self._thread = threading.Thread(target=self._run, name="mlflow-sender", daemon=True)
         self._thread.start()
 
+    def __enter__(self) -> Sender:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def _run(self) -> None:
         pause = self._interval
         while not self._stop.wait(pause):
@@ -146,7 +166,6 @@ class Sender:
         self._stop.set()
         self._thread.join(timeout)
         done = not self._thread.is_alive() and self._try()
-        self._spool.close()
         if not done:
             log.warning("not all metrics reached MLflow; send them later with `python -m pipeline.sync`")
         return done
