@@ -19,6 +19,7 @@ from gymnasium.envs.box2d.car_dynamics import (
     WHEEL_W,
     WHEELPOS,
 )
+from gymnasium.envs.box2d.car_racing import STATE_W, WINDOW_H, WINDOW_W
 from numpy.typing import NDArray
 
 TOP, BOTTOM, LEFT, RIGHT = 66, 78, 45, 51
@@ -28,8 +29,12 @@ FINE_X, FINE_Y = 10, 8
 SHAPE = RIGHT - LEFT, BOTTOM - TOP
 FINE = SHAPE[0] * FINE_X, SHAPE[1] * FINE_Y
 """Width and height of the patch, in pixels and in fine pixels."""
-CENTRE_X, CENTRE_Y = (48 - LEFT) * FINE_X, (BOTTOM - 72) * FINE_Y
-"""The car's centre in fine pixels from the patch's lower left corner."""
+CANVAS_X, CANVAS_Y = WINDOW_W / 2, WINDOW_H / 4
+"""The car's centre on the stock canvas, y upwards; corners are whole pixels there."""
+FINER = FINE_X * STATE_W / WINDOW_W
+"""Fine pixels per pixel of the stock canvas, 0.96, in both directions."""
+SHIFT = 4
+"""Fractional bits of the polygon corners handed to OpenCV."""
 RED, BLACK, WHITE = (202, 0, 0, 255), (0, 0, 0, 255), (75, 75, 75, 255)
 """Gymnasium's (204, 0, 0), (0, 0, 0) and (77, 77, 77), which its ``smoothscale`` darkens by 2 levels."""
 
@@ -52,28 +57,28 @@ MARK = 1.2
 """Angle on the rim that is painted white, in radians."""
 
 
-def draw_car(frame: NDArray[np.uint8], car: Any, zoom: tuple[float, float]) -> None:
-    """Draw the car into ``frame``, (96, 96, 4) uint8, at ``zoom`` = (x, y) pixels per world unit."""
+def draw_car(frame: NDArray[np.uint8], car: Any, zoom: float) -> None:
+    """Draw the car into ``frame``, (96, 96, 4) uint8, at ``zoom`` canvas pixels per world unit."""
     place = frame[TOP:BOTTOM, LEFT:RIGHT]
     fine = cv2.resize(place, FINE, interpolation=cv2.INTER_NEAREST)
     wheels = [
         _wheel(axle, round(wheel.joint.angle * ANGLES), round(wheel.phase * PHASES) % TURN, zoom)
         for axle, wheel in enumerate(car.wheels)
     ]
-    cv2.fillPoly(fine, [tyre for tyre, _ in wheels], BLACK)
-    cv2.fillPoly(fine, [mark for _, mark in wheels if mark is not None], WHITE)
+    cv2.fillPoly(fine, [tyre for tyre, _ in wheels], BLACK, shift=SHIFT)
+    cv2.fillPoly(fine, [mark for _, mark in wheels if mark is not None], WHITE, shift=SHIFT)
     for poly in _hull(zoom):
-        cv2.fillConvexPoly(fine, poly, RED)
+        cv2.fillConvexPoly(fine, poly, RED, shift=SHIFT)
     cv2.resize(fine, SHAPE, dst=place, interpolation=cv2.INTER_AREA)
 
 
 @lru_cache(maxsize=64)  # one for each frame of the zoom
-def _hull(zoom: tuple[float, float]) -> list[Polygon]:
+def _hull(zoom: float) -> list[Polygon]:
     return [_pixels(poly, zoom) for poly in HULL]
 
 
 @lru_cache(maxsize=1 << 14)  # about 8,000 are in use: few angles at the rear wheels, no mark in half of the phases
-def _wheel(axle: int, angle: int, phase: int, zoom: tuple[float, float]) -> tuple[Polygon, Polygon | None]:
+def _wheel(axle: int, angle: int, phase: int, zoom: float) -> tuple[Polygon, Polygon | None]:
     """A wheel and its white mark, if that is above the wheel; ``angle`` and ``phase`` in steps."""
     turn = cmath.rect(1.0, angle / ANGLES)
     tyre, mark = ([AXLES[axle] + turn * corner for corner in poly] for poly in (WHEEL, _mark(phase / PHASES)))
@@ -92,8 +97,8 @@ def _mark(phase: float) -> list[complex]:
     return [complex(-side, top), complex(side, top), complex(side, bottom), complex(-side, bottom)]
 
 
-def _pixels(points: list[complex], zoom: tuple[float, float]) -> Polygon:
-    """Points in the car's frame, in units, as pixels of the fine patch, (n, 2) int32, y downwards."""
-    scale_x, scale_y = zoom[0] * FINE_X, zoom[1] * FINE_Y
-    pixels = [(int(CENTRE_X + p.real * scale_x), FINE[1] - 1 - int(CENTRE_Y + p.imag * scale_y)) for p in points]
-    return np.array(pixels, np.int32)
+def _pixels(points: list[complex], zoom: float) -> Polygon:
+    """Points in the car's frame, in units, as pixels of the fine patch, (n, 2) int32 with 4 fractional bits."""
+    pixels = [(int(CANVAS_X + p.real * zoom), WINDOW_H - 1 - int(CANVAS_Y + p.imag * zoom)) for p in points]
+    centres = (np.array(pixels) + 0.5) * FINER - (LEFT * FINE_X, TOP * FINE_Y) - 0.5
+    return np.rint(centres * 2**SHIFT).astype(np.int32)

@@ -29,11 +29,13 @@ class FastCar(Car):
 
     def brake(self, b: float) -> None:
         """Brake of all wheels, 0..1; from 0.9 on they block."""
-        super().brake(float(b))
+        for wheel in self.wheels:
+            wheel.brake = float(b)
 
     def steer(self, s: float) -> None:
         """Target angle of the front wheels in radians, -1..1."""
-        super().steer(float(s))
+        for wheel in self.wheels[:2]:
+            wheel.steer = float(s)
 
     def step(self, dt: float) -> None:
         """Steer, drive, brake and slip for ``dt`` seconds."""
@@ -88,5 +90,6 @@ class FastCar(Car):
         elif wheel.skid_start is None:
             wheel.skid_start = wheel.position
         else:
-            wheel.skid_particle = self._create_particle(wheel.skid_start, wheel.position, grass)
+            start, end = wheel.skid_start, wheel.position
+            wheel.skid_particle = self._create_particle(start, end, grass)  # type: ignore[no-untyped-call]
             wheel.skid_start = None

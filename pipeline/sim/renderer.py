@@ -44,7 +44,7 @@ class Renderer:
         self._world.update(env)
         zoom = camera_zoom(env.t)
         self._draw_world(env.car.hull, zoom)
-        draw_car(self._frame, env.car, (zoom * PIXEL_X, zoom * PIXEL_Y))
+        draw_car(self._frame, env.car, zoom)
         draw_hud(self._frame, env)
         code = cv2.COLOR_RGBA2GRAY if grayscale else cv2.COLOR_RGBA2RGB
         return np.asarray(cv2.cvtColor(self._frame, code), np.uint8)

@@ -21,8 +21,9 @@ LEVELS = 5
 """The map and its halvings, for the first second of an episode, when the camera sees up to 17 times as far."""
 SHIFT = 4
 """Fractional bits of the polygon corners handed to OpenCV."""
-ACROSS, ALONG = 0.4, 0.25
-"""Texels by which each side of a polygon moves inwards, as OpenCV paints anti-aliased ones larger than pygame does."""
+ACROSS, ALONG = 0.6, 0.3
+"""Texels by which each side of a polygon moves inwards, as OpenCV paints anti-aliased ones larger than pygame does. Found
+on stock frames: the mean absolute difference is 0.22 with 0.3, 0.18 with 0.4, 0.15 with 0.5 and 0.14 with 0.6 across."""
 
 Color = Sequence[float] | NDArray[Any]
 
