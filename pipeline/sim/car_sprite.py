@@ -101,4 +101,4 @@ def _pixels(points: list[complex], zoom: float) -> Polygon:
     """Points in the car's frame, in units, as pixels of the fine patch, (n, 2) int32 with 4 fractional bits."""
     pixels = [(int(CANVAS_X + p.real * zoom), WINDOW_H - 1 - int(CANVAS_Y + p.imag * zoom)) for p in points]
     centres = (np.array(pixels) + 0.5) * FINER - (LEFT * FINE_X, TOP * FINE_Y) - 0.5
-    return np.rint(centres * 2**SHIFT).astype(np.int32)
+    return np.asarray(np.rint(centres * 2**SHIFT), np.int32)

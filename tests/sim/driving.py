@@ -17,18 +17,21 @@ Driver = Callable[[CarRacing, int], Action]
 def follow_road(env: CarRacing, frame: int) -> Action:
     """Towards the middle of the road five tiles ahead."""
     centres = np.array([(x, y) for _, _, x, y in env.track])
+    assert env.car is not None
     nearest = int(np.argmin(np.linalg.norm(centres - env.car.hull.position, axis=1)))
     return _drive_to(env, *centres[(nearest + 5) % len(centres)])
 
 
 def leave(env: CarRacing, frame: int) -> Action:
     """Away from the middle of the field, across the grass and over the edge."""
+    assert env.car is not None
     x, y = env.car.hull.position
     return _drive_to(env, 9 * x, 9 * y)
 
 
 def _drive_to(env: CarRacing, x: float, y: float) -> Action:
     """Towards a point, at about 50 units/s."""
+    assert env.car is not None
     hull = env.car.hull
     error = math.remainder(math.atan2(hull.position[0] - x, y - hull.position[1]) - hull.angle, math.tau)
     speed = hull.linearVelocity.length
