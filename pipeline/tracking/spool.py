@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Mapping
@@ -36,7 +35,7 @@ class Spool:
     def __init__(self, path: Path, run_id: str) -> None:
         self.path, self.run_id = path, run_id
         path.parent.mkdir(parents=True, exist_ok=True)
-        _end_torn_line(path)
+        _drop_torn_line(path)
         self._known = _metrics_in(path)  # a resumed training says again what it said after its last checkpoint
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._sent = path.with_suffix(".sent")
@@ -72,9 +71,8 @@ def sent_bytes(path: Path) -> int:
 def _metrics_in(path: Path) -> set[tuple[str, int]]:
     if not path.exists():
         return set()
-    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    entries = [entry for entry in map(json.loads, lines) if "metrics" in entry]
-    return {(key, entry["step"]) for entry in entries for key in entry["metrics"]}
+    entries = [_parse(path, line) for line in path.read_bytes().splitlines()]
+    return {(key, entry["step"]) for entry in entries for key in entry.get("metrics", ())}
 
 
 def unsent(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -87,20 +85,24 @@ def unsent(path: Path) -> tuple[list[dict[str, Any]], int]:
             if not line.endswith(b"\n") or len(entries) == BATCH:
                 break
             offset += len(line)
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                log.warning("%s: a line torn by a killed process is left out: %.80r", path, line)
+            entries.append(_parse(path, line))
     return entries, offset
 
 
-def _end_torn_line(path: Path) -> None:
-    """Keep what comes next apart from half a line that a killed process left."""
-    if path.exists() and path.stat().st_size:
+def _parse(path: Path, line: bytes) -> dict[str, Any]:
+    """An entry; an empty one for a line that a crash of the machine spoiled."""
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        log.warning("%s: a spoiled line is left out: %.80r", path, line)
+        return {}
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Take away half a line that a killed process left, lest the next one is glued to it."""
+    if path.exists():
         with path.open("rb+") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def send(client: MlflowClient, path: Path) -> int:

@@ -54,7 +54,7 @@ def connect() -> MlflowClient:
         with FileLock(project_root() / "mlflow.db.lock"):
             client = MlflowClient()
             client.search_experiments(max_results=1)
-    except (MlflowException, SQLAlchemyError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         raise TrackingError(
             f"MLflow at {uri} can't be used: {first_line(error)}\n"
             "Start that server, or unset MLFLOW_TRACKING_URI to keep runs in this folder."

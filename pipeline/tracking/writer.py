@@ -18,12 +18,14 @@ class SpoolWriter(KVWriter):
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         """Keep the finite numbers that aren't excluded from ``mlflow``."""
-        numbers = {
-            key: float(value)
-            for key, value in sorted(key_values.items())
-            if ("mlflow" not in (key_excluded[key] or ()) and isinstance(value, (int, float))) or hasattr(value, "item")
-        }
+        kept = {key: value for key, value in sorted(key_values.items()) if "mlflow" not in (key_excluded[key] or ())}
+        numbers = {key: float(value) for key, value in kept.items() if _is_number(value)}
         self.spool.metrics({key: value for key, value in numbers.items() if math.isfinite(value)}, step)
 
     def close(self) -> None:
         """Nothing: the run closes the spool."""
+
+
+def _is_number(value: Any) -> bool:
+    """Python's, numpy's and torch's, also as an array of no dimensions."""
+    return isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
