@@ -100,7 +100,7 @@ def _first_colors(env: Any) -> list[Color]:
 
 
 def _corners(road_poly: list[Any], inset_across: float, inset_along: float) -> NDArray[np.int32]:
-    """Corners of the road's polygons for OpenCV, (n, 4, 2) int32 in 1/16 texels, each side moved inwards by so many texels."""
+    """Corners of the road's polygons for OpenCV, (n, 4, 2) int32 in 1/16 texels, sides moved inwards by texels."""
     quads = texels(np.array([poly for poly, _ in road_poly]))  # near left, near right, far right, far left
     across = _unit(quads[:, [1, 2]] - quads[:, [0, 3]]) * inset_across
     quads[:, [0, 3]] += across
