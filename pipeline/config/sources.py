@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.nodes import MappingNode, ScalarNode
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 from pipeline.config.params import Params, all_fields
 from pipeline.config.relations import RELATIONS
@@ -52,36 +52,49 @@ def read_file(path: Path, mistakes: list[str]) -> dict[str, Value]:
     except FileNotFoundError:
         mistakes.append(f"{path}: no such file")
         return {}
-    except (OSError, UnicodeDecodeError) as error:
-        mistakes.append(f"{path}: can't be read: {error}")
+    except UnicodeDecodeError:
+        mistakes.append(f"{path}: not UTF-8 text; save it as UTF-8")
+        return {}
+    except OSError as error:
+        mistakes.append(f"{path}: can't be read: {error.strerror}")
         return {}
     except MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        mistakes.append(f"{path}{line}: not valid YAML: {error.problem}")
+        mistakes.append(f"{path}{line}: not valid YAML: {_problem(error)}")
         return {}
     except Exception as error:  # ruamel raises several unrelated types for control characters and bad escapes
         mistakes.append(f"{path}: not valid YAML: {' '.join(str(error).split())}")
         return {}
-    if node is None:
-        return {}
-    if not isinstance(node, MappingNode):
-        mistakes.append(f"{path}: expected `key: value` lines, got a {node.tag.rsplit(':', 1)[-1]}")
+    if not isinstance(node, MappingNode) or not node.value:
+        kind = "a list" if isinstance(node, SequenceNode) else "text" if node and node.value else "nothing"
+        mistakes.append(f"{path}: expected `key: value` lines, got {kind}")
         return {}
     return _read_mapping(path, node, yaml, mistakes)
+
+
+def _problem(error: MarkedYAMLError) -> str:
+    """What YAML's reader says, in a person's words where its own are the parser's."""
+    problem = str(error.problem)
+    if "'\\t'" in problem:
+        return "a tab; YAML indents with spaces only"
+    return f"{error.context} {problem}" if problem.startswith("but ") else problem
 
 
 def _read_mapping(path: Path, node: MappingNode, yaml: Any, mistakes: list[str]) -> dict[str, Value]:
     values: dict[str, Value] = {}
     for key_node, value_node in node.value:
         origin = f"{path}:{key_node.start_mark.line + 1}"
-        key = key_node.value if isinstance(key_node, ScalarNode) else str(key_node.tag)
+        if not isinstance(key_node, ScalarNode):
+            mistakes.append(f"{origin}: expected a key, got a list or a mapping in its place")
+            continue
+        key = key_node.value
         if key in values:
             mistakes.append(f"{key} ({origin}): duplicate key; first given at {values[key].origin}")
             continue
         try:
             value = yaml.constructor.construct_object(value_node, deep=True)
-        except Exception as error:  # tags such as !!python/object, bad timestamps: every one a user's mistake
-            mistakes.append(f"{key} ({origin}): can't be read: {str(error).splitlines()[0]}")
+        except Exception:  # tags such as !!python/object, bad timestamps: every one a user's mistake
+            mistakes.append(f"{key} ({origin}): not a plain value, and nothing else is read or run")
             continue
         values[key] = Value(value, origin)
     return values
@@ -94,8 +107,11 @@ def read_sources(
     if not params_file.exists():
         raise ConfigError([f"{params_file}: no such file here; run this from the project's folder"])
     values = read_file(params_file, mistakes)
+    readable = bool(values)
     for path in config_files:
         values.update(read_file(path, mistakes))
+    if not readable:  # else every key would be called missing
+        raise ConfigError(mistakes)
     values.update({key: Value(_read_flag(text), "--" + key.replace("_", "-")) for key, text in flags.items()})
     return values
 
@@ -125,13 +141,33 @@ def check(values: dict[str, Value], mistakes: list[str]) -> dict[str, Any]:
         try:
             valid[key] = _adapter(key).validate_python(given.value)
         except ValidationError:
-            mistakes.append(f"{key} = {shown_value(given.value)} ({given.origin}): expected {describe(fields[key])}")
-    mistakes += [f"{key}: missing; expected {describe(field)}" for key, field in fields.items() if key not in values]
+            hint = _hint(given.value, fields[key])
+            mistakes.append(
+                f"{key} = {shown_value(given.value)} ({given.origin}): expected {describe(fields[key])}{hint}"
+            )
+    mistakes += [
+        f"{key}: missing in {PARAMS_FILE}; expected {describe(field)}"
+        for key, field in fields.items()
+        if key not in values
+    ]
     for rule in RELATIONS:
         keys = list(inspect.signature(rule).parameters)
         if all(key in valid for key in keys) and (problem := rule(*(valid[key] for key in keys))):
             mistakes.append(f"{keys[0]} = {shown_value(valid[keys[0]])} ({values[keys[0]].origin}): {problem}")
     return valid
+
+
+def _hint(value: object, field: FieldInfo) -> str:
+    """What YAML made of the value, where that surprises people."""
+    if value is None:
+        return "; nothing is written after the colon"
+    if not isinstance(value, str):
+        return ""
+    if field.annotation is bool and value.lower() in ("yes", "no", "on", "off", "true", "false"):
+        return f"; {value} is a text in YAML 1.2"
+    if field.annotation in (int, float) and isinstance(_read_flag(value), (int, float)):
+        return "; in quotes it is a text"
+    return ""
 
 
 def _suggestion(key: str, known: dict[str, FieldInfo]) -> str:
