@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,7 @@ class Registry:
 
 def _log_model(name: str, policy: Path, observation: tuple[int, ...], run_id: str | None) -> ModelInfo:
     # Not mlflow.pyfunc.log_model, which needs the run opened again: that resets its status and end time.
+    warnings.filterwarnings("ignore", ".*input example was not provided", UserWarning)  # the signature says more
     info: ModelInfo = Model.log(
         artifact_path=None,
         name=name,

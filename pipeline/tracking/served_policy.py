@@ -24,8 +24,8 @@ class ServedPolicy(PythonModel):
         """Read the policy file that was stored with the model."""
         self.policy = load(Path(context.artifacts["policy"]))
 
-    # A type for model_input would make MLflow check it as a list of records; the signature checks it as an array.
-    def predict(self, context: Any, model_input, params: Any = None) -> NDArray[np.float32]:  # type: ignore[no-untyped-def]
+    # MLflow knows the bare type alone; of any other it warns that it can't check it.
+    def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> NDArray[np.float32]:
         """(n, c, h, w) uint8 observations -> (n, 3) float32 steer [-1, 1], gas [0, 1], brake [0, 1]."""
         actions = self.policy.predict(np.array(model_input, np.uint8))  # a copy: torch wants to own what it may write
         return to_pedals(actions) if actions.shape[1] == 2 else actions
