@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedSeq
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from pipeline.config.cli import Parser, add_flags, fail
 from pipeline.config.params import STAGES, all_fields
@@ -49,17 +51,28 @@ def apply(path: Path) -> list[str]:
     """Write a partial file's values into ``params.yaml``, which keeps its comments; returns the keys that changed."""
     mistakes: list[str] = []
     values = read_sources([path], {}, mistakes)
-    check(values, mistakes)
+    valid = check(values, mistakes)
     if mistakes:
         raise ConfigError(mistakes)
     yaml = YAML()
-    yaml.width = 4096
+    yaml.width, yaml.preserve_quotes = 4096, True
     document = yaml.load(PARAMS_FILE)
-    changed = [key for key, given in values.items() if document[key] != given.value]
+    changed = [key for key, value in valid.items() if document[key] != value]
     for key in changed:
-        document[key] = values[key].value
+        document[key] = _as_written_by_hand(valid[key])
     yaml.dump(document, PARAMS_FILE)
     return changed
+
+
+def _as_written_by_hand(value: Any) -> Any:
+    """Lists as ``[a, b]``: the other way pushes the comment off its line. ``"1:2"`` quoted: YAML 1.1 has base 60."""
+    if isinstance(value, str) and ":" in value:
+        return DoubleQuotedScalarString(value)
+    if not isinstance(value, list):
+        return value
+    line = CommentedSeq(value)
+    line.fa.set_flow_style()
+    return line
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -50,7 +50,12 @@ FolderInProject = Annotated[
 TrackRange = Annotated[
     str,
     BeforeValidator(_track_range),
-    Field(json_schema_extra={"meaning": f"first:stop below {FIRST_TRAINING_TRACK}, such as 10000:10100"}),
+    Field(
+        json_schema_extra={
+            "meaning": f"first:stop below {FIRST_TRAINING_TRACK}, such as 10000:10100",
+            "pattern": r"^\d+:\d+$",
+        }
+    ),
 ]
 
 
@@ -82,11 +87,11 @@ class ObservationParams(Params):
 class NetworkParams(Params):
     """Shape of the network; travels inside every saved policy."""
 
-    cnn_channels: list[Annotated[Int, Field(ge=1, le=512)]] = Field(
+    cnn_channels: list[Annotated[int, Field(ge=1, le=512), BeforeValidator(_whole)]] = Field(
         min_length=3, max_length=3, description="channels of the 8x8/4, 4x4/2 and 3x3/1 convolutions"
     )
     features_dim: Int = Field(ge=8, le=4096, description="width of the layer after the convolutions")
-    net_arch: list[Annotated[Int, Field(ge=1, le=4096)]] = Field(
+    net_arch: list[Annotated[int, Field(ge=1, le=4096), BeforeValidator(_whole)]] = Field(
         max_length=4, description="hidden layers of policy and of value after the features; [] = none"
     )
     activation: Literal["relu", "gelu", "tanh"] = Field(description="activation of the hidden layers in net_arch")
