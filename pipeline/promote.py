@@ -195,13 +195,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m pipeline.promote", description=__doc__)
     parser.add_argument("--policy", type=Path, default=POLICY, metavar="FILE", help=f"policy file [default {POLICY}]")
     params, arguments = parse_args(PromoteParams, parser, argv)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     if arguments.policy.suffix != ".safetensors" or not arguments.policy.is_file():
         fail(f"{arguments.policy}: expected a .safetensors policy file; train one with `python -m pipeline.train`")
     from pipeline.agent.policy import PolicyError
     from pipeline.tracking.store import TrackingError
 
+    for noisy in ("alembic", "mlflow"):  # after its import, which sets its own level
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         print(promote(params, arguments.policy))
     except (PolicyError, TrackingError) as error:

@@ -156,14 +156,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit code 2 for mistakes of the user."""
     Parser(prog="python -m pipeline.sync", description=__doc__).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("alembic", "mlflow"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         log_root = load(TrainParams).log_root
     except ConfigError as error:
         fail(error)
     from pipeline.tracking.store import TrackingError
 
+    for noisy in ("alembic", "mlflow"):  # after its import, which sets its own level
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         print(sync(project_root() / log_root))
     except TrackingError as error:
