@@ -50,9 +50,12 @@ class ConvFeatures(BaseFeaturesExtractor):
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         """(n, c, h, w) uint8 in 0..255 -> (n, features_dim) float32."""
-        pictures = observations.to(self.dtype, memory_format=th.channels_last) * (1 / 255)
+        pictures = observations.to(self.dtype, memory_format=th.channels_last)  # 0..255 is exact in bf16 too
+        first: nn.Conv2d = self.cnn[0]  # type: ignore[assignment]
         with th.autocast(observations.device.type, self.dtype, enabled=self.dtype != th.float32):
-            features: th.Tensor = self.linear(self.cnn(pictures))
+            # The pictures' scale goes into the weights: 4,096 multiplications instead of millions.
+            hidden = nn.functional.conv2d(pictures, first.weight * (1 / 255), first.bias, first.stride)
+            features: th.Tensor = self.linear(self.cnn[1:](hidden))
         return features.float()
 
 

@@ -31,6 +31,14 @@ MAX_ZIP_MEMBER = 256 * 1024 * 1024
 """Bytes of weights accepted from a third-party zip; a small file can unpack to terabytes."""
 
 
+_ADVICE = {
+    "action_net.bias": "; is action_axes the one it was trained with?",
+    "features_extractor.cnn.0.weight": "; are frames_stack and grayscale those it was trained with?",
+    "features_extractor.linear.0.weight": "; is resize the one it was trained with?",
+}
+"""Where a shape tells which parameter is wrong."""
+
+
 class PolicyError(Exception):
     """A policy file that can't be used: what was expected, what came."""
 
@@ -57,7 +65,8 @@ class Policy:
         wrong = [k for k in expected.keys() | weights.keys() if _shape(expected, k) != _shape(weights, k)]
         if wrong:
             key = min(wrong)
-            raise PolicyError(f"weights {key}: expected shape {_shape(expected, key)}, got {_shape(weights, key)}")
+            shapes = f"expected shape {_shape(expected, key)}, got {_shape(weights, key)}"
+            raise PolicyError(f"weights {key}: {shapes}{_ADVICE.get(key, '')}")
         self.module.load_state_dict(weights, strict=False)  # the names left out are aliases of those checked above
         self.module.set_training_mode(False)
 
@@ -172,6 +181,8 @@ def _load_sb3_zip(path: Path, observation: ObservationParams | None) -> Policy:
     except Exception as error:  # zipfile and torch raise a dozen types for damaged and for hostile files
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise PolicyError(f"not a readable SB3 zip ({reason})") from None
+    if not isinstance(weights, dict) or not all(isinstance(w, th.Tensor) for w in weights.values()):
+        raise PolicyError("policy.pth holds something else than a network's weights")
     network = _infer_network(weights, description)
     return Policy(without_aliases(weights), observation, network, {"source": "stable-baselines3 zip"})
 
@@ -200,5 +211,10 @@ def _infer_network(weights: dict[str, th.Tensor], description: str) -> NetworkPa
             action_head="gsde" if log_std.ndim == 2 else "gaussian",
             log_std_init=0.0,
         )
-    except (KeyError, AttributeError) as error:
+    except KeyError as error:
         raise PolicyError(f"not a CnnPolicy with continuous actions: {error} is missing") from None
+    except (IndexError, ValidationError) as error:
+        reason = (
+            ", ".join(str(e["loc"][0]) for e in error.errors()) if isinstance(error, ValidationError) else "a scalar"
+        )
+        raise PolicyError(f"not a CnnPolicy of a size that is read here ({reason})") from None
