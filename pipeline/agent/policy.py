@@ -179,7 +179,7 @@ def _load_sb3_zip(path: Path, observation: ObservationParams | None) -> Policy:
     except PolicyError:
         raise
     except Exception as error:  # zipfile and torch raise a dozen types for damaged and for hostile files
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise PolicyError(f"not a readable SB3 zip ({reason})") from None
     if not isinstance(weights, dict) or not all(isinstance(w, th.Tensor) for w in weights.values()):
         raise PolicyError("policy.pth holds something else than a network's weights")
