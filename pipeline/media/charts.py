@@ -15,6 +15,7 @@ from gymnasium.envs.box2d.car_racing import FPS, TRACK_DETAIL_STEP, TRACK_WIDTH
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
@@ -167,6 +168,43 @@ def action_histograms(steer: ArrayLike, gas: ArrayLike, brake: ArrayLike, path: 
     for axes, (name, values, low, color) in zip(panels, kinds, strict=True):
         _histogram(axes, name, np.asarray(values, float), low, color)
     panels[0].set_ylabel("share of decisions [%]")
+    return _finish(figure, path)
+
+
+def heat_map(
+    values: Sequence[Sequence[float]],
+    rows: Sequence[int],
+    columns: Sequence[int],
+    path: str | Path | None = None,
+    *,
+    title: str,
+    x: str,
+    y: str,
+) -> Figure:
+    """A number per cell, written in it; the largest cell has a frame.
+
+    Args:
+        values: (rows, columns), larger is better.
+        rows: Name of each row, the first at the bottom.
+        columns: Name of each column.
+        path: PNG to write.
+        title: Written above the map.
+        x: What the columns are.
+        y: What the rows are.
+    """
+    cells = np.asarray(values, float)
+    figure, axes = _figure(title, x, y, size=(2.4 + 0.9 * len(columns), 2.0 + 0.5 * len(rows)))
+    axes.grid(False)
+    axes.imshow(cells, cmap="viridis", vmin=0, origin="lower", aspect="auto")
+    axes.set_xticks(range(len(columns)), [str(name) for name in columns])
+    axes.set_yticks(range(len(rows)), [str(name) for name in rows])
+    for row, column in np.ndindex(cells.shape):
+        dark = cells[row, column] < 0.6 * cells.max()  # viridis is dark below
+        color = "white" if dark else INK
+        axes.text(column, row, f"{cells[row, column]:,.0f}", ha="center", va="center", size=9, color=color)
+    top, side = np.unravel_index(int(cells.argmax()), cells.shape)
+    corner = (float(side) - 0.5, float(top) - 0.5)
+    axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=RED, linewidth=3, clip_on=False))
     return _finish(figure, path)
 
 

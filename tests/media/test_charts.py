@@ -29,6 +29,7 @@ ANGLES = np.linspace(0, 2 * np.pi, 200, endpoint=False)
 CIRCLE = 100 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1)
 SPEEDS = np.linspace(20, 80, 150)
 ACTIONS = np.random.default_rng(0).uniform(0, 1, 400)
+SIZES = [1, 2, 4, 8, 16]
 
 CHARTS: dict[str, Callable[..., Figure]] = {
     "learning_curve": lambda **to: charts.learning_curve(HISTORY, **to),
@@ -37,6 +38,9 @@ CHARTS: dict[str, Callable[..., Figure]] = {
         [250, 300, 340], [14, 20, 18], [True, False, True], **to
     ),
     "track_map": lambda **to: charts.track_map(CIRCLE, CIRCLE[:150], SPEEDS, [[100, 5]], **to),
+    "heat_map": lambda **to: charts.heat_map(
+        [[5, 20, 80]] * 5, SIZES, SIZES[:3], title="Speed", x="threads", y="envs", **to
+    ),
     "action_histograms": lambda **to: charts.action_histograms(ACTIONS * 2 - 1, ACTIONS, ACTIONS, **to),
 }
 
@@ -57,7 +61,7 @@ def test_png_decodes_and_is_not_blank(name: str, tmp_path: Path) -> None:
         pixels = np.asarray(png.convert("RGB"))
     assert min(pixels.shape[:2]) >= 300
     ink = (pixels != 255).any(axis=2)
-    assert 0.01 < ink.mean() < 0.6
+    assert 0.01 < ink.mean() < (0.9 if name == "heat_map" else 0.6)
     assert not ink[:2].any() or name == "track_map"  # nothing is cut off at the upper edge
 
 
@@ -188,3 +192,14 @@ def test_colours_are_the_colour_blind_safe_ones() -> None:
     figure = charts.action_histograms(ACTIONS, ACTIONS, ACTIONS)
     seen = [axes.patches[0].get_facecolor() for axes in figure.axes]
     assert seen == [to_rgba(color) for color in ("#0072b2", "#009e73", "#d55e00")]
+
+
+def test_heat_map_writes_each_value_in_its_cell_and_frames_the_largest() -> None:
+    axes = charts.heat_map([[10, 20], [3000, 40], [50, 60]], [1, 2, 4], [1, 8], title="", x="threads", y="envs").axes[0]
+    written = {(round(t.get_position()[0]), round(t.get_position()[1])): t.get_text() for t in axes.texts}
+    assert written == {(0, 0): "10", (1, 0): "20", (0, 1): "3,000", (1, 1): "40", (0, 2): "50", (1, 2): "60"}
+    (frame,) = axes.patches
+    assert frame.get_extents().transformed(axes.transData.inverted()).bounds == pytest.approx((-0.5, 0.5, 1, 1))
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2", "4"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "8"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("threads", "envs")
