@@ -1,0 +1,315 @@
+"""The wrappers against the stock game, stepped by hand: same pictures, same rewards, same ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import gymnasium as gym
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline.config import FIRST_TRAINING_TRACK, ObservationParams, TrainParams, load, track_list
+from pipeline.sim.env import (
+    FrameSkip,
+    FrameStack,
+    Preprocess,
+    Shaping,
+    find_wrapper,
+    make_env,
+    make_training_env,
+    preprocess,
+    to_pedals,
+    training_track,
+)
+from tests.conftest import ROOT
+
+Stock = tuple[Any, float, bool, bool, dict[str, Any]]
+OBSERVATION = ObservationParams(frame_skip=4, frames_stack=3, grayscale=True, resize=64, action_axes="steer_throttle")
+
+
+def stock() -> gym.Env[Any, Any]:
+    return gym.make("CarRacing-v3", disable_env_checker=True)
+
+
+def held(env: gym.Env[Any, Any], action: Any, frames: int) -> Stock:
+    """Stock steps with the same action: the last picture, the sum of rewards."""
+    total = 0.0
+    for _ in range(frames):
+        observation, reward, terminated, truncated, info = env.step(action)
+        total += float(reward)
+        if terminated or truncated:
+            break
+    return observation, total, terminated, truncated, info
+
+
+def steering(n: int, seed: int = 0) -> NDArray[np.float32]:
+    """(n, 2) steer and throttle: mostly forward, some braking."""
+    return np.random.default_rng(seed).uniform([-0.4, -0.3], [0.4, 1.0], (n, 2)).astype(np.float32)
+
+
+def train_params(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> TrainParams:
+    monkeypatch.chdir(ROOT)
+    plain = {"env_id": "CarRacing-v3", "frame_skip": 4, "frames_stack": 3, "grayscale": True, "resize": 48}
+    return load(TrainParams, **{**plain, "action_axes": "steer_throttle", **changes})
+
+
+# Frame skip
+
+
+def test_frame_skip_equals_stepping_the_stock_game_four_times() -> None:
+    theirs, ours = stock(), FrameSkip(gym.make("LazyCarRacing-v3", disable_env_checker=True), 4)
+    np.testing.assert_array_equal(ours.reset(seed=3)[0], theirs.reset(seed=3)[0])
+    for action in to_pedals(steering(20)):
+        picture, reward, *ends = held(theirs, action, 4)[:4]
+        got = ours.step(action)
+        np.testing.assert_array_equal(got[0], picture)
+        assert got[1] == pytest.approx(reward, abs=1e-9)
+        assert list(got[2:4]) == ends
+
+
+def test_frame_skip_draws_the_last_frame_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = FrameSkip(gym.make("LazyCarRacing-v3", disable_env_checker=True), 4)
+    env.reset(seed=0)
+    drawn: list[int] = []
+    game: Any = env.unwrapped
+    picture = game.picture
+    monkeypatch.setattr(game, "picture", lambda: (drawn.append(game.frames), picture())[1])
+    for _ in range(3):
+        env.step(np.array([0, 1, 0], np.float32))
+    assert drawn == [3, 7, 11]  # frames counts what is done before: the 4th, 8th and 12th
+
+
+def test_the_time_limit_is_1000_frames_whatever_the_skip() -> None:
+    env = FrameSkip(gym.make("LazyCarRacing-v3", disable_env_checker=True), 3)
+    theirs = stock()
+    env.reset(seed=1)
+    theirs.reset(seed=1)
+    still = np.zeros(3, np.float32)
+    steps = [env.step(still) for _ in range(334)]
+    assert [step[2] or step[3] for step in steps] == [False] * 333 + [True]
+    observation, reward, terminated, truncated, info = steps[-1]
+    assert (terminated, truncated, info["lap_time"]) == (False, True, 20.0)
+    game: Any = theirs.unwrapped
+    game._render = lambda mode: None  # a stock frame costs 5 ms to draw; only the last is looked at
+    for _ in range(999):
+        theirs.step(still)
+    del game._render
+    last, *_, over, _ = theirs.step(still)
+    assert over
+    np.testing.assert_array_equal(observation, last)  # the end came after one frame of three, and was drawn
+    assert reward == pytest.approx(-0.1)
+
+
+# Preprocessing and stacking
+
+
+@pytest.mark.parametrize(("grayscale", "size"), [(True, 64), (True, 96), (False, 84), (False, 96)])
+def test_preprocessing_is_opencvs_on_the_stock_frame(grayscale: bool, size: int) -> None:
+    picture, _ = stock().reset(seed=5)
+    expected = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) if grayscale else picture
+    if size != 96:
+        expected = cv2.resize(expected, (size, size), interpolation=cv2.INTER_AREA)
+    got = preprocess(picture, grayscale, size)
+    assert (got.shape, got.dtype) == ((1 if grayscale else 3, size, size), np.uint8)
+    np.testing.assert_array_equal(got[0] if grayscale else got.transpose(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize("grayscale", [True, False])
+def test_the_stack_is_newest_last_and_starts_with_the_first_picture_repeated(grayscale: bool) -> None:
+    plain = Preprocess(FrameSkip(gym.make("LazyCarRacing-v3", disable_env_checker=True), 2), grayscale, 48)
+    stacked = FrameStack(
+        Preprocess(FrameSkip(gym.make("LazyCarRacing-v3", disable_env_checker=True), 2), grayscale, 48), 3
+    )
+    pictures = [plain.reset(seed=2)[0]] * 3
+    observation, _ = stacked.reset(seed=2)
+    for action in to_pedals(steering(6)):
+        np.testing.assert_array_equal(observation, np.concatenate(pictures[-3:]))
+        assert observation.shape == stacked.observation_space.shape
+        before, kept = observation, observation.copy()
+        observation = stacked.step(action)[0]
+        pictures.append(plain.step(action)[0])
+        np.testing.assert_array_equal(before, kept)  # an observation handed out does not change later
+
+
+def test_steer_and_throttle_never_press_both_pedals() -> None:
+    axes = np.array([[-1, 0.5], [0.25, -0.75], [1, 0], [0, 1], [0, -1]], np.float32)
+    expected = [[-1, 0.5, 0], [0.25, 0, 0.75], [1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    np.testing.assert_array_equal(to_pedals(axes), np.array(expected, np.float32))
+
+
+@pytest.mark.parametrize("axes", ["steer_throttle", "steer_gas_brake"])
+def test_make_env_is_the_stock_game_step_for_step(axes: str) -> None:
+    observation = OBSERVATION.model_copy(update={"action_axes": axes})
+    env, theirs = make_env(observation), stock()
+    pictures = [preprocess(theirs.reset(seed=11)[0], True, 64)] * 3
+    np.testing.assert_array_equal(env.reset(seed=11)[0], np.concatenate(pictures))
+    for action in steering(12):
+        picture, reward, terminated, truncated, _ = held(theirs, to_pedals(action), 4)
+        pictures.append(preprocess(picture, True, 64))
+        got = env.step(action if axes == "steer_throttle" else to_pedals(action))
+        np.testing.assert_array_equal(got[0], np.concatenate(pictures[-3:]))
+        assert got[1:4] == (pytest.approx(reward, abs=1e-9), terminated, truncated)
+
+
+# Shaping
+
+NO_SHAPING = {
+    "grass_penalty": 0.0, "grass_limit": 0, "stall_limit": 0, "early_end_penalty": 0.0, "time_penalty": 0.0,
+    "steer_penalty": 0.0,
+}  # fmt: skip
+
+
+def shaped_episode(env: Any, actions: Sequence[Any], seed: int = 7) -> list[Stock]:
+    env.reset(seed=seed)
+    steps = []
+    for action in actions:
+        steps.append(env.step(action))
+        if steps[-1][2] or steps[-1][3]:
+            break
+    return steps
+
+
+def test_without_penalties_the_reward_is_the_games(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = make_training_env(train_params(monkeypatch, **NO_SHAPING), 0)
+    theirs = stock()
+    theirs.reset(seed=7)
+    actions = steering(10)
+    expected = [held(theirs, to_pedals(action), 4)[1] for action in actions]
+    assert [step[1] for step in shaped_episode(env, actions)] == pytest.approx(expected, abs=1e-9)
+
+
+def test_time_and_steering_cost_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = make_training_env(train_params(monkeypatch, **NO_SHAPING), 0)
+    shaped = make_training_env(
+        train_params(monkeypatch, **{**NO_SHAPING, "time_penalty": 0.25, "steer_penalty": 2.0}), 0
+    )
+    actions = [np.array([steer, 0.2], np.float32) for steer in (0.5, 0.5, -0.25)]
+    rewards = [step[1] for step in shaped_episode(plain, actions)]
+    # 4 frames at 0.25, and 2 x the squared change of steering: from 0 to 0.5, none, by 0.75
+    costs = [1.0 + 2 * 0.25, 1.0, 1.0 + 2 * 0.5625]
+    expected = [r - c for r, c in zip(rewards, costs, strict=True)]
+    assert [step[1] for step in shaped_episode(shaped, actions)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_grass_costs_by_share_of_wheels_and_way_and_ends_the_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = {**NO_SHAPING, "grass_penalty": 0.5, "grass_limit": 20, "early_end_penalty": 30.0}
+    env = make_training_env(train_params(monkeypatch, **params), 0)
+    theirs = stock()
+    theirs.reset(seed=7)
+    game: Any = theirs.unwrapped
+    action = np.array([1, 0.6], np.float32)  # a hard turn, off the road
+    steps = shaped_episode(env, [action] * 100)
+    on_grass, expected = 0, []
+    for _ in steps:
+        reward = held(theirs, to_pedals(action), 4)[1]
+        share = sum(len(wheel.tiles) == 0 for wheel in game.car.wheels) / 4
+        speed = float(np.linalg.norm(game.car.hull.linearVelocity))
+        on_grass = on_grass + 4 if share >= 0.75 else 0
+        expected.append(reward - 0.5 * share * speed / 50 * 4 - (30 if on_grass >= 20 else 0))
+    assert on_grass == 20  # the episode ended with the decision that reached the limit
+    assert [step[1] for step in steps] == pytest.approx(expected, abs=1e-6)
+    assert [step[2] for step in steps] == [False] * (len(steps) - 1) + [True]
+    assert not steps[-1][3]  # hopeless is an end of its own, not a time limit: nothing is bootstrapped
+
+
+def test_standing_still_ends_the_episode_and_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = make_training_env(train_params(monkeypatch, **{**NO_SHAPING, "stall_limit": 40, "early_end_penalty": 5.0}), 0)
+    steps = shaped_episode(env, [np.zeros(2, np.float32)] * 100)
+    raw = [
+        step[1]
+        for step in shaped_episode(
+            make_training_env(train_params(monkeypatch, **NO_SHAPING), 0), [np.zeros(2, np.float32)] * len(steps)
+        )
+    ]
+    # the first decision finds the two tiles below the car; 10 decisions of 4 frames later it is hopeless
+    assert len(steps) == 11
+    assert [s[1] - r for s, r in zip(steps, raw, strict=True)] == pytest.approx([0.0] * 10 + [-5.0])
+    # a new episode begins with clean counters
+    assert len(shaped_episode(env, [np.zeros(2, np.float32)] * 100)) == 11
+
+
+def test_info_tells_the_stock_games_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = {**NO_SHAPING, "grass_penalty": 1.0, "time_penalty": 0.1, "stall_limit": 40, "early_end_penalty": 25.0}
+    env = make_training_env(train_params(monkeypatch, **params), 0)
+    theirs = stock()
+    theirs.reset(seed=7)
+    actions = steering(200, seed=4) * np.array([2.0, 0.5], np.float32)
+    steps = shaped_episode(env, actions.clip(-1, 1))
+    driven = [held(theirs, to_pedals(action), 4) for action in actions.clip(-1, 1)[: len(steps)]]
+    episode = steps[-1][4]["episode"]
+    assert all("episode" not in step[4] for step in steps[:-1])
+    assert episode["r"] == pytest.approx(sum(step[1] for step in driven), abs=1e-6)
+    assert episode["l"] == len(steps)
+    assert episode["shaped_return"] == pytest.approx(sum(step[1] for step in steps))
+    assert episode["lap_time"] == pytest.approx(len(steps) * 4 / 50)
+    game: Any = theirs.unwrapped
+    assert episode["tiles"] == game.tile_visited_count / len(game.track)
+    assert episode["lap_finished"] == 0.0
+
+
+# Tracks and replay
+
+
+def test_training_tracks_are_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = train_params(monkeypatch)
+    tracks = [training_track(seed, index, k) for seed in range(3) for index in range(16) for k in range(50)]
+    assert len(set(tracks)) > 0.999 * len(tracks)
+    assert FIRST_TRAINING_TRACK <= min(tracks) <= max(tracks) < 2**31
+    validation = range(params.validation_seed, params.validation_seed + params.n_eval_episodes)
+    files = [ROOT / "params.yaml", *(ROOT / "configs").glob("*.yaml")]
+    test = {t for path in files for t in tracks_in(path)}
+    assert not (set(validation) | test) & set(tracks)
+    assert max(validation, default=0) < FIRST_TRAINING_TRACK
+    assert max(test) < FIRST_TRAINING_TRACK
+
+
+def tracks_in(path: Path) -> list[int]:
+    lines = [line.split('"')[1] for line in path.read_text().splitlines() if line.startswith("tracks:")]
+    return [track for line in lines for track in track_list(line)]
+
+
+def test_an_environments_tracks_follow_from_seed_index_and_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = train_params(monkeypatch)
+    env = make_training_env(params, 3)
+    infos = [env.reset()[1], env.reset()[1], env.reset(seed=12)[1], env.reset()[1]]
+    assert [info["episode_index"] for info in infos] == [0, 1, 1, 2]
+    expected = [training_track(params.seed, 3, k) for k in (0, 1)]
+    assert [info["track"] for info in infos] == [*expected, 12, training_track(params.seed, 3, 2)]
+
+
+@pytest.mark.parametrize("game", ["CarRacing-v3", "FastCarRacing-v3"])
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 30])
+def test_replay_equals_driving_there(game: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = train_params(monkeypatch, env_id=game)
+    driven, replayed = make_training_env(params, 1), make_training_env(params, 1)
+    actions = steering(length + 4)
+    driven.reset()
+    observation, _ = driven.reset()  # episode 1
+    for action in actions[:length]:
+        observation = driven.step(action)[0]
+    np.testing.assert_array_equal(replayed.replay(1, actions[:length]), observation)
+    for action in actions[length:]:
+        expected, got = driven.step(action), replayed.step(action)
+        np.testing.assert_array_equal(got[0], expected[0])
+        assert got[1:] == expected[1:]
+    np.testing.assert_array_equal(replayed.reset()[0], driven.reset()[0])  # and the next episode
+
+
+def test_a_replay_draws_no_more_than_the_stack_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = make_training_env(train_params(monkeypatch), 0)
+    game: Any = env.unwrapped
+    drawn: list[int] = []
+    picture = game.picture
+    monkeypatch.setattr(game, "picture", lambda: (drawn.append(game.frames), picture())[1])
+    env.replay(0, steering(10))
+    assert drawn == [7 * 4 + 3, 8 * 4 + 3, 9 * 4 + 3]
+
+
+def test_find_wrapper_names_what_is_missing() -> None:
+    env = gym.make("LazyCarRacing-v3", disable_env_checker=True)
+    with pytest.raises(LookupError, match="no Shaping in"):
+        find_wrapper(env, Shaping)
