@@ -40,6 +40,7 @@ def evaluate(params: EvaluateParams, policy: Path = POLICY) -> dict[str, float]:
     from pipeline.media import charts
     from pipeline.tracking.run import Run
 
+    run = Run.attach("evaluate")  # before the driving: a store that is away is told at once
     episodes = drive_tracks(params, policy)
     figures = summarize(episodes, params.bootstrap_samples)
     METRICS.parent.mkdir(exist_ok=True)
@@ -54,7 +55,6 @@ def evaluate(params: EvaluateParams, policy: Path = POLICY) -> dict[str, float]:
         [e.lap_finished for e in episodes],
         LAPS_PICTURE,
     )
-    run = Run.attach("evaluate")
     run.metrics({f"evaluate/{key}": value for key, value in figures.items()})
     run.track_set([e.track for e in episodes], "test", "test")
     run.table([asdict(e) for e in episodes], "evaluate/tracks.json")
@@ -85,7 +85,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except PolicyError as error:
         fail(error)
     if arguments.json is None:
-        print(report(evaluate(params, arguments.policy)))
+        from pipeline.tracking.store import TrackingError
+
+        try:
+            print(report(evaluate(params, arguments.policy)))
+        except TrackingError as error:
+            fail(error)
         return
     from pipeline.evaluation import summarize
 

@@ -43,6 +43,8 @@ def record(params: RecordParams, policy_path: Path = POLICY) -> dict[str, Any]:
     from pipeline.tracking.run import Run
 
     policy = load(policy_path)
+    if not TABLE.exists():
+        raise RecordError(f"{TABLE}: no such file; `python -m pipeline.evaluate` writes it")
     run = Run.attach("record-videos")
     figures: dict[str, Any] = {}
     for rank, episode in pick(read_table(TABLE), params.video_tracks):
@@ -156,10 +158,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     from pipeline.agent.policy import PolicyError
+    from pipeline.tracking.store import TrackingError
 
     try:
         record(params)
-    except (PolicyError, RecordError) as error:
+    except (PolicyError, RecordError, TrackingError) as error:
         fail(error)
 
 

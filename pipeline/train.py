@@ -78,8 +78,8 @@ def train(params: TrainParams) -> dict[str, float]:
         run = Run.resume(state.header["extra"]["run_id"]) if state else None
         run = run or Run.begin(params.run_name, params.model_dump(), {"fingerprint": params.fingerprint()})
         workers = min(params.n_workers or cores(), params.n_envs)
-        with run, Evaluator(workers) as evaluator, ExitStack() as stack:
-            spool = stack.enter_context(Spool(folder / f"spool-{run.id}.jsonl", run.id))
+        run.spool = Spool(folder / f"spool-{run.id}.jsonl", run.id)
+        with run.spool as spool, run, Evaluator(workers) as evaluator, ExitStack() as stack:
             stack.enter_context(Sender(run.client, spool))
             env = SharedMemoryVecEnv(
                 [partial(make_training_env, params, index) for index in range(params.n_envs)],
@@ -97,9 +97,9 @@ def train(params: TrainParams) -> dict[str, float]:
             remaining = params.total_timesteps - model.num_timesteps
             model.learn(max(remaining, 0), session.callbacks(), reset_num_timesteps=state is None)
             figures = session.publish()
-            run.metrics({f"best/{k}": v for k, v in session.best.items()}, step=int(session.best["agent_steps"]))
+            spool.metrics({f"best/{k}": v for k, v in session.best.items()}, step=int(session.best["agent_steps"]))
             for path, where in ((BEST, "models"), (FINAL, "models"), (CURVE_PICTURE, "plots"), (folder / LOG, "")):
-                run.artifact(path, where)
+                spool.artifact(path, where)
         for path in checkpoint.states(folder / "checkpoints"):
             path.unlink()  # done: the next training of these parameters starts from the beginning
     log.info("best validation mean %.1f; look at it with `mlflow ui`", figures["best_mean_reward"])

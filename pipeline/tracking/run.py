@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,10 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking.context import registry as context
 
 from pipeline.tracking import provenance
-from pipeline.tracking.store import TrackingError, connect, experiment_id, is_missing
+from pipeline.tracking.spool import Spool
+from pipeline.tracking.store import TrackingError, connect, experiment_id, first_line, is_missing
+
+log = logging.getLogger(__name__)
 
 RUN_ID_FILE = Path("metrics/mlflow.json")
 RESTORED_FROM = "restored_from"
@@ -36,10 +40,12 @@ class Run:
 
     Attributes:
         id: MLflow's run id.
+        spool: Where the end is kept if MLflow can't be told of it; open until the run has ended.
     """
 
     def __init__(self, client: MlflowClient, run_id: str) -> None:
         self.client, self.id = client, run_id
+        self.spool: Spool | None = None
         self._system_metrics: SystemMetricsMonitor | None = None
 
     @classmethod
@@ -133,7 +139,12 @@ class Run:
         if self._system_metrics:
             self._system_metrics.finish()  # type: ignore[no-untyped-call]
         status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
-        self.client.set_terminated(self.id, status)
+        try:
+            self.client.set_terminated(self.id, status)
+        except Exception as problem:  # the work is done whatever has become of the server
+            log.warning("MLflow can't be told that the run is %s (%s)", status, first_line(problem))
+            if self.spool:
+                self.spool.end(status)
 
 
 def read_run_id(path: Path = RUN_ID_FILE) -> str:

@@ -50,6 +50,10 @@ class Spool:
         """Append a file to upload; it must stay where it is until it is sent."""
         self._put({"artifact": str(path.resolve()), "folder": folder})
 
+    def end(self, status: str) -> None:
+        """Append how the run ended, where MLflow could not be told at once."""
+        self._put({"status": status, "time": int(time.time() * 1000)})
+
     def _put(self, entry: dict[str, Any]) -> None:
         self._file.write(json.dumps({"run_id": self.run_id, **entry}) + "\n")
         self._file.flush()
@@ -114,6 +118,9 @@ def send(client: MlflowClient, path: Path) -> int:
             return count
         _send_metrics(client, [e for e in entries if "metrics" in e])
         _send_artifacts(client, [e for e in entries if "artifact" in e])
+        for entry in entries:
+            if "status" in entry:
+                client.set_terminated(entry["run_id"], entry["status"], entry["time"])
         path.with_suffix(".sent").write_text(str(offset))
         count += len(entries)
 
