@@ -49,6 +49,19 @@ ui: setup ## MLflow's pages: runs, films, registry. PORT=5000
 tensorboard: setup ## Curves of all runs
 	"$(BIN)/tensorboard" --logdir runs --host 127.0.0.1
 
+bench: setup ## Speed of every part against stock, in one run. ARGS="--peers", ARGS="--tune --apply"
+	"$(BIN)/python" -m pipeline.bench $(ARGS)
+
+bench-peers: .venv-bench/.requirements-installed ## What `bench` compares with, in an environment of its own: 3 GB
+
+.venv-bench/.requirements-installed: requirements-bench.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.13 found; set PYTHON=/path/to/python3" >&2; exit 2; }
+	"$(PYTHON)" -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@touch $@
+
+.PHONY: bench bench-peers
+
 test: setup ## Tests, the slow ones excepted
 	"$(BIN)/python" -m pytest
 
