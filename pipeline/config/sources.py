@@ -177,8 +177,19 @@ def _suggestion(key: str, known: dict[str, FieldInfo]) -> str:
 
 def shown_value(value: object) -> str:
     """A value as it stands in the file, cut to 60 characters."""
-    text = json.dumps(value, default=str)
+    text = json.dumps(_outline(value), default=str)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _outline(value: object, levels: int = 2) -> object:
+    """The beginning of nested lists and mappings: by YAML's aliases a short file can hold billions of items."""
+    if not isinstance(value, (list, dict)):
+        return value
+    if not levels:
+        return "..."
+    if isinstance(value, dict):
+        return {str(key): _outline(item, levels - 1) for key, item in list(value.items())[:20]}
+    return [_outline(item, levels - 1) for item in value[:20]]
 
 
 def load(stage: type[P], config_files: Sequence[Path] = (), **flags: Any) -> P:

@@ -154,6 +154,15 @@ def test_files_that_are_no_text(params_here: Path) -> None:
     assert mistakes_of(Path("bom.yaml")) == [f"seed = -1 (bom.yaml:1): {INT_SEED}"]
 
 
+def test_a_short_file_with_billions_of_items_is_told_like_any_other(params_here: Path) -> None:
+    levels = [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]" for i in range(1, 12)]
+    Path("c.yaml").write_text("\n".join(["x0: &x0 [1, 1]", *levels, "seed: *x11"]))
+    told = mistakes_of(Path("c.yaml"))
+    (line,) = [t for t in told if t.startswith("seed")]
+    assert line.startswith('seed = [["...", "...", ')
+    assert line.endswith(f" (c.yaml:13): {INT_SEED}")
+
+
 def test_a_key_missing_in_params_yaml_is_named(params_here: Path) -> None:
     lines = Path("params.yaml").read_text().splitlines(keepends=True)
     Path("params.yaml").write_text("".join(line for line in lines if not line.startswith("gamma:")))
