@@ -97,7 +97,9 @@ def recommend(outcomes: Sequence[Outcome], n_envs: int, num_threads: int) -> Out
     """The present setting if it is as fast as the fastest; else, of those that are, the one with the least memory."""
     fastest = max(outcome.steps_per_second for outcome in outcomes)
     fast = [outcome for outcome in outcomes if outcome.steps_per_second >= AS_FAST * fastest]
-    return min(fast, key=lambda o: ((o.n_envs, o.num_threads) != (n_envs, num_threads), o.memory_mib))
+    return min(
+        fast, key=lambda o: ((o.n_envs, o.num_threads) != (n_envs, num_threads), o.memory_mib, -o.steps_per_second)
+    )
 
 
 def table(outcomes: Sequence[Outcome], best: Outcome) -> str:
