@@ -52,7 +52,7 @@ tensorboard: setup ## Curves of all runs
 bench: setup ## Speed of every part against stock, in one run. ARGS="--peers", ARGS="--tune --apply"
 	"$(BIN)/python" -m pipeline.bench $(ARGS)
 
-bench-peers: .venv-bench/.requirements-installed ## What `bench` compares with, in an environment of its own: 3 GB
+bench-peers: .venv-bench/.requirements-installed ## What `bench` compares with, in an environment of its own: 2.3 GB or more
 
 .venv-bench/.requirements-installed: requirements-bench.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.13 found; set PYTHON=/path/to/python3" >&2; exit 2; }

@@ -261,7 +261,7 @@ PEERS = (
         ("fast_rgb", "envpool_all_cores"),
         partial(_vectorised, n_workers=cores(), **EVERY_FRAME_RGB),
     ),
-    # A piece is a whole rollout of 4096 decisions, about a minute: what the first calls cost beyond that is 1%, and
-    # in the first round alone, so the median doesn't see it.
+    # A piece is a whole rollout of 4096 decisions, most of a minute. What the first calls cost is in the first round
+    # alone, so the median of three doesn't see it.
     Case("rl_zoo_training", FRAMES, STOCK, _rl_zoo, warm_up=False, peer="rl_zoo3"),
 )
