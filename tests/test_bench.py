@@ -112,7 +112,7 @@ def fakes(params_here: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def test_table_and_json_agree(fakes: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.main(["--seconds", "0.5"])
+    bench.main(["--seconds", "0.5", "--n-envs", "32"])
     written = json.loads(Path("metrics/bench.json").read_text())
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     for name, row in written["cases"].items():
@@ -120,7 +120,7 @@ def test_table_and_json_agree(fakes: Machine, capsys: pytest.CaptureFixture[str]
         shown = [row["per_second"], row["low"], row["high"], row["memory_mib"], *row["ratios"].values()]
         assert [float(number.replace(",", "")) for number in numbers] == shown
     assert written["cases"]["quick"]["ratios"] == {"slow": 5.0}
-    assert (written["seconds"], written["repeats"], written["settings"]["n_envs"]) == (0.5, 3, 16)
+    assert (written["seconds"], written["repeats"], written["settings"]["n_envs"]) == (0.5, 3, 32)
 
 
 def test_json_says_which_machine_and_when(fakes: Machine) -> None:
@@ -358,6 +358,8 @@ def test_rounds_become_one_outcome(params: TrainParams) -> None:
 @pytest.fixture
 def tuned(params_here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Tuning with a made-up measurement in which 4 environments on 1 thread are fastest."""
+    present = Outcome(n_envs=16, num_threads=0, n_steps=128, steps_per_second=0, cpu=[], memory_mib=0)
+    bench_tune.apply(present)  # whatever the project's defaults are
     monkeypatch.setattr(bench_tune, "cores", lambda: 2)
 
     def speed(setting: TrainParams, seconds: float) -> Round:
