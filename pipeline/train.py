@@ -169,7 +169,7 @@ class Session:
         from pipeline.agent import checkpoint
 
         checkpoint.restore(self.model, state)
-        extra, here = state.header["extra"], checkpoint.machine()
+        extra, here = state.header["extra"], checkpoint.machine(self.model.update_threads)
         self.best, self.history = extra["best"], extra["history"]
         self.statistics.episodes.extend(extra["statistics"])
         self.validations.last, self.checkpoints.last = extra["last_validation"], extra["last_checkpoint"]
@@ -334,14 +334,14 @@ def announce(run: Any, model: DrivingPPO, folder: Path, workers: int) -> None:
         {
             "device": str(model.device),
             "precision": dtype,
-            "torch_threads": str(torch.get_num_threads()),
+            "torch_threads": str(model.update_threads),
             "workers": str(workers),
             **({"gpu": gpu} if gpu else {}),
         }
     )
     log.info(
         "%s on %s %s, %s, %d torch threads, %d environments in %d workers",
-        folder, model.device, gpu, dtype, torch.get_num_threads(), model.n_envs, workers,
+        folder, model.device, gpu, dtype, model.update_threads, model.n_envs, workers,
     )  # fmt: skip
 
 

@@ -51,12 +51,12 @@ class State:
     header: dict[str, Any]
 
 
-def machine() -> dict[str, str]:
+def machine(update_threads: int) -> dict[str, str]:
     """What decides the last bits beside the parameters; a training resumed elsewhere is equal only statistically."""
     return {
         "torch": th.__version__,
         "numpy": np.__version__,
-        "threads": str(th.get_num_threads()),
+        "threads": str(update_threads),
         "isa": th.backends.cpu.get_cpu_capability(),
         "architecture": platform.machine(),
     }
@@ -78,7 +78,7 @@ def capture(model: DrivingPPO, extra: Mapping[str, Any]) -> State:
     statistics = model.reward_scaler.statistics
     header = {
         "format": FORMAT_VERSION,
-        "machine": machine(),
+        "machine": machine(model.update_threads),
         "num_timesteps": model.num_timesteps,
         "n_updates": model._n_updates,
         "random.numpy": model.generator.bit_generator.state,

@@ -80,14 +80,22 @@ class DrivingPPO(PPO):
     Args:
         reward_scaler: Applied to the rewards before advantages are estimated.
         generator: Shuffles the minibatches; its state fits in a checkpoint.
+        update_threads: Torch's threads in the update; the rollout has one.
     """
 
     policy: DrivingNetwork
     env: SharedMemoryVecEnv
 
-    def __init__(self, *args: Any, reward_scaler: RewardScaler, generator: np.random.Generator, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        reward_scaler: RewardScaler,
+        generator: np.random.Generator,
+        update_threads: int,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.reward_scaler, self.generator = reward_scaler, generator
+        self.reward_scaler, self.generator, self.update_threads = reward_scaler, generator, update_threads
 
     def restore_episodes(self, episodes: Sequence[dict[str, Any]]) -> None:
         """Refill the running statistics of the latest episodes, oldest first."""
@@ -104,6 +112,7 @@ class DrivingPPO(PPO):
         """
         assert isinstance(env, SharedMemoryVecEnv)
         self.policy.set_training_mode(False)
+        th.set_num_threads(1)  # the workers need the other cores; a batch of a few pictures is no faster on two
         rollout_buffer.reset()
         callback.on_rollout_start()
         rewards = np.zeros((n_rollout_steps, env.num_envs), np.float32)
@@ -195,6 +204,7 @@ class DrivingPPO(PPO):
         lies as the convolutions want it, and numbers for the log stay on the device until the end.
         """
         self.policy.set_training_mode(True)
+        th.set_num_threads(self.update_threads)
         self._update_learning_rate(self.policy.optimizer)
         clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         data = self._flat_rollout()
@@ -281,8 +291,7 @@ def schedule(kind: str, initial: float) -> Callable[[float], float]:
 
 
 def build_model(params: TrainParams, env: SharedMemoryVecEnv) -> DrivingPPO:
-    """The PPO of these parameters, on its device, with torch's threads set."""
-    th.set_num_threads(params.num_threads or cores())
+    """The PPO of these parameters, on its device."""
     # Not by PPO's own `seed`: that would also seed the environments, whose tracks have a sequence of their own.
     set_random_seed(params.seed)
     device = choose_device(params.device)
@@ -305,5 +314,6 @@ def build_model(params: TrainParams, env: SharedMemoryVecEnv) -> DrivingPPO:
         policy_kwargs={**network_kwargs(params, dtype), "optimizer_kwargs": {"eps": 1e-5, "fused": True}},
         device=device,
         generator=np.random.default_rng(params.seed),
+        update_threads=params.num_threads or cores(),
         reward_scaler=RewardScaler(env.num_envs, params.gamma, params.normalize_reward, params.reward_clip),
     )
