@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import cv2
@@ -65,13 +66,14 @@ class WorldMap:
     def _paint_world(self, env: Any) -> None:
         self._road = env.road
         self._paint_grass(env)
-        corners = _corners(env.road_poly, ACROSS, ALONG)
+        quads = _quads(env.road_poly)
+        corners = _corners(quads, ACROSS, ALONG)
         for quad, color in zip(corners, _first_colors(env), strict=True):
             cv2.fillConvexPoly(self.levels[0], quad, shade(color), cv2.LINE_AA, SHIFT)
         for finer, coarser in zip(self.levels, self.levels[1:], strict=False):
             cv2.resize(finer, coarser.shape[:2], dst=coarser, interpolation=cv2.INTER_AREA)
         is_tile = [isinstance(color, np.ndarray) for _, color in env.road_poly]
-        inner = _corners(env.road_poly, VISITED_ACROSS, VISITED_ALONG)
+        inner = _corners(quads, VISITED_ACROSS, VISITED_ALONG)
         self._pending = dict(zip(env.road, inner[is_tile], strict=True))
         self._n_visited = 0
         self._paint_visited(env)
@@ -92,16 +94,20 @@ class WorldMap:
 
 def _first_colors(env: Any) -> list[Color]:
     """Colours of the road's polygons at the start of the episode; visits have changed them in place since."""
+    stripes = [env.road_color + 0.01 * third * 255 for third in range(3)]
     tiles = iter(env.road)
-    return [
-        env.road_color + 0.01 * (next(tiles).idx % 3) * 255 if isinstance(color, np.ndarray) else color
-        for _, color in env.road_poly
-    ]
+    return [stripes[next(tiles).idx % 3] if isinstance(color, np.ndarray) else color for _, color in env.road_poly]
 
 
-def _corners(road_poly: list[Any], inset_across: float, inset_along: float) -> NDArray[np.int32]:
-    """Corners of the road's polygons for OpenCV, (n, 4, 2) int32 in 1/16 texels, sides moved inwards by texels."""
-    quads = texels(np.array([poly for poly, _ in road_poly]))  # near left, near right, far right, far left
+def _quads(road_poly: list[Any]) -> NDArray[np.float64]:
+    """Corners of the road's polygons, (n, 4, 2) in texels: near left, near right, far right, far left."""
+    coordinates = chain.from_iterable(chain.from_iterable(poly for poly, _ in road_poly))
+    return texels(np.fromiter(coordinates, np.float64, 8 * len(road_poly)).reshape(-1, 4, 2))  # 0.3 ms; np.array: 2 ms
+
+
+def _corners(quads: NDArray[np.float64], inset_across: float, inset_along: float) -> NDArray[np.int32]:
+    """The same for OpenCV, (n, 4, 2) int32 in 1/16 texels, with their sides moved inwards by texels."""
+    quads = quads.copy()
     across = _unit(quads[:, [1, 2]] - quads[:, [0, 3]]) * inset_across
     quads[:, [0, 3]] += across
     quads[:, [1, 2]] -= across
