@@ -102,7 +102,7 @@ def train(params: TrainParams) -> dict[str, float]:
                 spool.artifact(path, where)
         for path in checkpoint.states(folder / "checkpoints"):
             path.unlink()  # done: the next training of these parameters starts from the beginning
-    log.info("best validation mean %.1f; look at it with `mlflow ui`", figures["best_mean_reward"])
+    log.info("best validation mean %.1f in %.1f minutes", figures["best_mean_reward"], figures["minutes"])
     return figures
 
 
@@ -242,6 +242,8 @@ class Session:
         CURVE.parent.mkdir(exist_ok=True)
         pd.DataFrame(self.history).drop(columns="seconds").to_csv(CURVE, index=False)
         charts.learning_curve(self.history, CURVE_PICTURE)
+        for curve in (CURVE, CURVE_PICTURE):
+            shutil.copyfile(curve, self.folder / curve.name)
         seconds = self.seconds
         solved = [row["seconds"] / 60 for row in self.history if row["eval_mean"] >= 900]
         figures = {
@@ -301,16 +303,25 @@ def set_aside(folder: Path) -> None:
                 path.rename(earlier / path.name)
 
 
+class Console(logging.Handler):
+    """Log lines above the progress bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def start_log(folder: Path, params: TrainParams) -> None:
     """Write the effective parameters, and send the log to the run folder and to the console."""
     (folder / "config.json").write_text(params.model_dump_json(indent=2) + "\n")
+    console, file = Console(), logging.FileHandler(folder / LOG, encoding="utf-8")
+    console.setLevel(logging.INFO)  # the file also gets the lines that the progress bar stands for
     logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        handlers=[logging.StreamHandler(), logging.FileHandler(folder / LOG, encoding="utf-8")],
-        force=True,
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[console, file], force=True
     )
+    logging.getLogger("pipeline").setLevel(logging.DEBUG)
     for noisy in ("alembic", "mlflow", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

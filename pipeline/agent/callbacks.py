@@ -91,7 +91,7 @@ class EpisodeStatistics(BaseCallback):
 
 
 class Progress(BaseCallback):
-    """A progress bar with steps/s and the time left; a line every ``seconds`` for the log."""
+    """A progress bar with steps/s and the time left; a line every ``seconds`` in the log, and where there is no bar."""
 
     def __init__(self, total_timesteps: int, seconds: float = 15.0) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Progress(BaseCallback):
         self._bar.update(self.num_timesteps - self._bar.n)
         if time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + self.seconds
-            log.info(self.line())
+            log.log(logging.INFO if self._bar.disable else logging.DEBUG, self.line())
 
     def line(self) -> str:
         """Where the training stands: steps, speed, time left, running return."""
