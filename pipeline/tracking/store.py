@@ -91,6 +91,7 @@ def _artifact_location(name: str) -> str | None:
 def _tags() -> dict[str, str]:
     return {
         "mlflow.note.content": DESCRIPTION,
+        "mlflow.experimentKind": "custom_model_development",  # the UI opens on runs and models, not on chats
         "mlflow.experiment.primaryMetric.name": PRIMARY_METRIC,
         "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
     }
