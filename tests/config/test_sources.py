@@ -61,10 +61,10 @@ def test_json_is_read_as_json(params_here: Path) -> None:
 
 
 def test_flags_win_over_config_files_and_those_over_params_yaml(params_here: Path) -> None:
-    Path("a.yaml").write_text("seed: 1\nn_envs: 4\ngamma: 0.5\n")
-    Path("b.yaml").write_text("n_envs: 2\n")
+    Path("a.yaml").write_text("seed: 1\nn_envs: 8\ngamma: 0.5\n")
+    Path("b.yaml").write_text("n_envs: 4\n")
     params = train_params("--config", "a.yaml", "--config", "b.yaml", "--gamma", "0.75", "--net-arch", "[32]")
-    assert (params.seed, params.n_envs, params.gamma, params.net_arch) == (1, 2, 0.75, [32])
+    assert (params.seed, params.n_envs, params.gamma, params.net_arch) == (1, 4, 0.75, [32])
     assert params.gae_lambda == plain(Path("params.yaml"))["gae_lambda"]
 
 
