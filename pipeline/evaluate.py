@@ -84,6 +84,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         load(arguments.policy, params)  # refused here, before any process starts
     except PolicyError as error:
         fail(error)
+    if arguments.json is None and arguments.policy.resolve() != POLICY.resolve():
+        from pipeline.evaluation import summarize
+
+        print(report(summarize(drive_tracks(params, arguments.policy), params.bootstrap_samples)))
+        return  # somebody else's score does not belong into this pipeline's metrics and run
     if arguments.json is None:
         from pipeline.tracking.store import TrackingError
 

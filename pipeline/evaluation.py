@@ -115,7 +115,10 @@ class Evaluator:
 
 
 def _prepare_worker() -> None:
+    import multiprocessing
+    import os
     import signal
+    import threading
 
     import cv2
     import torch
@@ -123,6 +126,14 @@ def _prepare_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    parent = multiprocessing.parent_process()
+
+    def leave_with_parent() -> None:
+        if parent:
+            parent.join()  # a pool's worker never notices that its parent was killed
+            os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 @functools.lru_cache(maxsize=2)

@@ -38,9 +38,15 @@ class RecordError(Exception):
 
 def record(params: RecordParams, policy_path: Path = POLICY) -> dict[str, Any]:
     """The stage; returns what is written to ``metrics/record_videos.json``."""
+    import cv2
+    import torch
+
     from pipeline.agent.policy import load
     from pipeline.evaluation import read_table
     from pipeline.tracking.run import Run
+
+    torch.set_num_threads(1)  # as in the evaluation: the last bits depend on it, and the drives must be equal
+    cv2.setNumThreads(1)
 
     policy = load(policy_path)
     if not TABLE.exists():

@@ -50,7 +50,7 @@ def send_spools(client: Any, folder: Path) -> None:
     from pipeline.tracking.spool import send
     from pipeline.tracking.store import first_line
 
-    for spool in sorted(folder.glob("*/spool-*.jsonl")):
+    for spool in sorted(folder.glob("**/spool-*.jsonl")):
         try:
             if count := send(client, spool):
                 log.info("sent %d entries of %s", count, spool)

@@ -39,7 +39,7 @@ log = logging.getLogger("pipeline.train")
 BEST, FINAL = Path("models/best_model.safetensors"), Path("models/final_model.safetensors")
 LOG = "train.log"
 STATE_SECONDS = 10.0
-"""At most so much work is lost with a killed training; saving takes 20 ms."""
+"""At most so much work is lost with a killed training, or one rollout, update and validation; saving takes 20 ms."""
 METRICS, CURVE, CURVE_PICTURE = (
     Path("metrics/train.json"),
     Path("plots/validation.csv"),
@@ -98,8 +98,8 @@ def train(params: TrainParams) -> dict[str, float]:
             model.learn(max(remaining, 0), session.callbacks(), reset_num_timesteps=state is None)
             figures = session.publish()
             spool.metrics({f"best/{k}": v for k, v in session.best.items()}, step=int(session.best["agent_steps"]))
-            for path, where in ((BEST, "models"), (FINAL, "models"), (CURVE_PICTURE, "plots"), (folder / LOG, "")):
-                spool.artifact(path, where)
+            for path, where in ((BEST, "models"), (FINAL, "models"), (CURVE_PICTURE, "plots"), (Path(LOG), "")):
+                spool.artifact(folder / path.name, where)
         for path in checkpoint.states(folder / "checkpoints"):
             path.unlink()  # done: the next training of these parameters starts from the beginning
     log.info("best validation mean %.1f in %.1f minutes", figures["best_mean_reward"], figures["minutes"])
@@ -169,7 +169,7 @@ class Session:
         from pipeline.agent import checkpoint
 
         checkpoint.restore(self.model, state)
-        extra, here = state.header["extra"], checkpoint.machine(self.model.update_threads)
+        extra, here = state.header["extra"], checkpoint.machine(self.model)
         self.best, self.history = extra["best"], extra["history"]
         self.statistics.episodes.extend(extra["statistics"])
         self.validations.last, self.checkpoints.last = extra["last_validation"], extra["last_checkpoint"]
@@ -238,7 +238,8 @@ class Session:
         from pipeline.media import charts
 
         self.save(FINAL)
-        shutil.copyfile(self.folder / "best_model.safetensors", BEST)
+        shutil.copyfile(self.folder / BEST.name, BEST)
+        shutil.copyfile(FINAL, self.folder / FINAL.name)  # what is sent to MLflow must outlive the next training
         CURVE.parent.mkdir(exist_ok=True)
         pd.DataFrame(self.history).drop(columns="seconds").to_csv(CURVE, index=False)
         charts.learning_curve(self.history, CURVE_PICTURE)

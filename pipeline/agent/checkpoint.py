@@ -51,14 +51,16 @@ class State:
     header: dict[str, Any]
 
 
-def machine(update_threads: int) -> dict[str, str]:
+def machine(model: DrivingPPO) -> dict[str, str]:
     """What decides the last bits beside the parameters; a training resumed elsewhere is equal only statistically."""
     return {
         "torch": th.__version__,
         "numpy": np.__version__,
-        "threads": str(update_threads),
+        "threads": str(model.update_threads),
         "isa": th.backends.cpu.get_cpu_capability(),
         "architecture": platform.machine(),
+        "device": th.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+        "dtype": str(model.policy.features_extractor.dtype),
     }
 
 
@@ -73,12 +75,14 @@ def capture(model: DrivingPPO, extra: Mapping[str, Any]) -> State:
     tensors["random.torch"] = th.get_rng_state()
     if model.device.type == "cuda":
         tensors["random.cuda"] = th.cuda.get_rng_state(model.device)
+    if model.device.type == "mps":
+        tensors["random.mps"] = th.mps.get_rng_state()
     tensors["scaler.returns"] = th.from_numpy(model.reward_scaler.returns)
     tensors["episode_starts"] = th.from_numpy(np.asarray(model._last_episode_starts))
     statistics = model.reward_scaler.statistics
     header = {
         "format": FORMAT_VERSION,
-        "machine": machine(model.update_threads),
+        "machine": machine(model),
         "num_timesteps": model.num_timesteps,
         "n_updates": model._n_updates,
         "random.numpy": model.generator.bit_generator.state,
@@ -110,6 +114,8 @@ def restore(model: DrivingPPO, state: State) -> None:
     model._last_episode_starts = tensors["episode_starts"].numpy().copy()
     if model.device.type == "cuda" and "random.cuda" in tensors:
         th.cuda.set_rng_state(tensors["random.cuda"], model.device)
+    if model.device.type == "mps" and "random.mps" in tensors:
+        th.mps.set_rng_state(tensors["random.mps"])
     th.set_rng_state(tensors["random.torch"])  # last: building the model drew from it
 
 

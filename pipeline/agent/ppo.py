@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.utils import explained_variance, set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
@@ -170,6 +171,7 @@ class DrivingPPO(PPO):
 
     def _act(self, buffer: RolloutBuffer, step: int, rows: slice) -> NDArray[np.float32]:
         """Choose actions for one group's pictures, and store what the update needs of it."""
+        self._use_noise_of(rows)
         with th.no_grad():
             actions, values, log_probs = self.policy(self._to_device(buffer.observations[step, rows]))
         sampled: NDArray[np.float32] = actions.cpu().numpy()
@@ -223,7 +225,8 @@ class DrivingPPO(PPO):
         size = buffer.buffer_size * buffer.n_envs
 
         def flat(array: NDArray[Any]) -> th.Tensor:
-            return th.from_numpy(array.reshape(size, *array.shape[2:])).to(self.device)
+            tensor = th.from_numpy(array.reshape(size, *array.shape[2:]))
+            return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
         return Rollout(
             flat(buffer.observations).permute(0, 2, 3, 1).contiguous(), flat(buffer.actions), flat(buffer.log_probs),
@@ -264,7 +267,16 @@ class DrivingPPO(PPO):
             self.logger.record("train/std", self.policy.log_std.exp().mean().item())
 
     def _resample_noise(self) -> None:
-        self.policy.reset_noise(max(rows.stop - rows.start for rows in self.env.groups))
+        """Draw gSDE's noise, one matrix per environment as SB3 does."""
+        self.policy.reset_noise(self.n_envs)
+        distribution = self.policy.action_dist
+        assert isinstance(distribution, StateDependentNoiseDistribution)
+        self._noise = distribution.exploration_matrices
+
+    def _use_noise_of(self, rows: slice) -> None:
+        distribution = self.policy.action_dist
+        if isinstance(distribution, StateDependentNoiseDistribution) and rows.stop > rows.start:
+            distribution.exploration_matrices, distribution.exploration_mat = self._noise[rows], self._noise[rows.start]
 
     def _to_device(self, observations: NDArray[np.uint8]) -> th.Tensor:
         return th.from_numpy(observations).to(self.device, non_blocking=True)
@@ -287,15 +299,17 @@ def schedule(kind: str, initial: float) -> Callable[[float], float]:
         "cosine": lambda remaining: (1 - math.cos(math.pi * remaining)) / 2,
     }
     shape = shapes[kind]
-    return lambda remaining: initial * shape(remaining)
+    return lambda remaining: initial * shape(max(remaining, 0.0))  # the last rollout ends past total_timesteps
 
 
 def build_model(params: TrainParams, env: SharedMemoryVecEnv) -> DrivingPPO:
     """The PPO of these parameters, on its device."""
     # Not by PPO's own `seed`: that would also seed the environments, whose tracks have a sequence of their own.
-    set_random_seed(params.seed)
     device = choose_device(params.device)
+    set_random_seed(params.seed, using_cuda=device.type == "cuda")
     dtype = choose_dtype(params.precision, device)
+    if device.type == "cuda" and dtype != th.float32:
+        th.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     return DrivingPPO(
         DrivingNetwork,
         env,

@@ -13,8 +13,10 @@ FIRST_TRAINING_TRACK = 1_000_000
 """Training tracks have seeds from here on, so validation and test tracks below can never be among them."""
 
 PACKAGE = Path(__file__).parent.parent
-LEARNING_CODE = ("agent", "config", "sim")
-"""Rooms whose code decides which policy comes out."""
+LEARNING_CODE = ("agent/*.py", "config/*.py", "sim/*.py", "evaluation.py", "train.py")
+"""Code that decides which policy comes out."""
+WITHOUT_EFFECT = {"n_workers"}
+"""Keys that change no bit of the result."""
 
 
 def _whole(value: object) -> object:
@@ -66,8 +68,8 @@ class Params(BaseModel):
 
     def fingerprint(self) -> str:
         """Eight hex digits that name these values and the code that learns from them: equal only if both are."""
-        sha = hashlib.sha256(self.model_dump_json().encode())
-        for path in sorted(p for room in LEARNING_CODE for p in (PACKAGE / room).rglob("*.py")):
+        sha = hashlib.sha256(self.model_dump_json(exclude=WITHOUT_EFFECT).encode())
+        for path in sorted(p for pattern in LEARNING_CODE for p in PACKAGE.glob(pattern)):
             sha.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
         return sha.hexdigest()[:8]
 

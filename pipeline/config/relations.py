@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from pipeline.config.params import track_bounds
+from pipeline.config.params import FIRST_TRAINING_TRACK, track_bounds
 
 RELATIONS: list[Callable[..., str | None]] = []
 
@@ -78,6 +78,8 @@ def device_is_present(device: str) -> str | None:
 @relation
 def validation_tracks_are_not_test_tracks(validation_seed: int, n_eval_episodes: int, tracks: str) -> str | None:
     """The best policy is chosen on the validation tracks."""
+    if validation_seed + n_eval_episodes > FIRST_TRAINING_TRACK:
+        return f"the last validation track must be below {FIRST_TRAINING_TRACK}, where the training tracks begin"
     first, stop = track_bounds(tracks)
     if validation_seed + n_eval_episodes <= first or validation_seed >= stop:
         return None

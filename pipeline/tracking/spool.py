@@ -47,8 +47,12 @@ class Spool:
             self._put({"metrics": new, "step": step, "time": int(time.time() * 1000)})
 
     def artifact(self, path: Path, folder: str) -> None:
-        """Append a file to upload; it must stay where it is until it is sent."""
-        self._put({"artifact": str(path.resolve()), "folder": folder})
+        """Append a file to upload; until it is sent it must stay where it is, beside the spool or anywhere."""
+        place = path.resolve()
+        beside = self.path.parent.resolve()
+        self._put(
+            {"artifact": str(place.relative_to(beside) if place.is_relative_to(beside) else place), "folder": folder}
+        )
 
     def end(self, status: str) -> None:
         """Append how the run ended, where MLflow could not be told at once."""
@@ -117,7 +121,7 @@ def send(client: MlflowClient, path: Path) -> int:
         if offset == sent_bytes(path):
             return count
         _send_metrics(client, [e for e in entries if "metrics" in e])
-        _send_artifacts(client, [e for e in entries if "artifact" in e])
+        _send_artifacts(client, path.parent, [e for e in entries if "artifact" in e])
         for entry in entries:
             if "status" in entry:
                 client.set_terminated(entry["run_id"], entry["status"], entry["time"])
@@ -134,10 +138,11 @@ def _send_metrics(client: MlflowClient, entries: list[dict[str, Any]]) -> None:
             client.log_batch(run_id, metrics=metrics[start : start + 1000])
 
 
-def _send_artifacts(client: MlflowClient, entries: list[dict[str, Any]]) -> None:
+def _send_artifacts(client: MlflowClient, beside: Path, entries: list[dict[str, Any]]) -> None:
     for e in entries:
-        if Path(e["artifact"]).exists():
-            client.log_artifact(e["run_id"], e["artifact"], e["folder"] or None)
+        file = beside / e["artifact"]
+        if file.exists():
+            client.log_artifact(e["run_id"], str(file), e["folder"] or None)
         else:  # what comes after it must not wait for ever
             log.warning("%s was deleted before it could be sent to MLflow; left out", e["artifact"])
 

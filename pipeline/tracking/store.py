@@ -10,7 +10,7 @@ import os
 import mlflow
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Experiment
+from mlflow.entities import Experiment, LifecycleStage
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -79,6 +79,8 @@ def experiment_id(client: MlflowClient) -> str:
         experiment: Experiment | None = client.get_experiment_by_name(name)
         if experiment is None:
             return str(client.create_experiment(name, _artifact_location(name), _tags()))
+        if experiment.lifecycle_stage != LifecycleStage.ACTIVE:  # deleted in the UI: its runs are only hidden
+            client.restore_experiment(experiment.experiment_id)
     return str(experiment.experiment_id)
 
 
