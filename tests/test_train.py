@@ -100,7 +100,7 @@ def test_a_training_leaves_what_it_promises(trainer: Path) -> None:
     (folder,) = (trainer / "runs").iterdir()
     assert json.loads((folder / "config.json").read_text())["total_timesteps"] == 1024
     assert_tensorboard_agrees(folder, figures)
-    assert not list(folder.glob("checkpoints/state_*")), "a finished training must not be resumed"
+    assert not list(folder.glob("checkpoints/state_*.safetensors")), "a finished training must not be resumed"
 
 
 def assert_tensorboard_agrees(folder: Path, figures: dict[str, float]) -> None:
@@ -125,7 +125,7 @@ def test_killed_again_and_again_ends_with_the_same_bits(
 
     for steps in (256, 512, 768):  # killed just after these states were saved
         process = start(trainer)
-        wait_for(trainer, f"runs/*/checkpoints/state_{steps:012}*", process)
+        wait_for(trainer, f"runs/*/checkpoints/state_{steps:012}.safetensors", process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
     output = finish(start(trainer, n_workers=1))
@@ -145,19 +145,19 @@ def test_killed_again_and_again_ends_with_the_same_bits(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_it_resumable(trainer: Path, number: int, code: int) -> None:
     process = start(trainer, total_timesteps=100_096, save_freq=256, eval_freq=0)
-    wait_for(trainer, "runs/*/checkpoints/state_*", process)
+    wait_for(trainer, "runs/*/checkpoints/state_*.safetensors", process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code, output
     assert "Traceback" not in output
     assert client(trainer).get_run(run_id(trainer)).info.status == "KILLED"
-    assert list(trainer.glob("runs/*/checkpoints/state_*"))
+    assert list(trainer.glob("runs/*/checkpoints/state_*.safetensors"))
 
 
 @pytest.mark.slow
 def test_a_second_trainer_is_told_who_holds_the_folder(trainer: Path) -> None:
     first = start(trainer, total_timesteps=100_096)
-    wait_for(trainer, "runs/*/checkpoints/state_*", first)
+    wait_for(trainer, "runs/*/checkpoints/state_*.safetensors", first)
     second = start(trainer, total_timesteps=100_096)
     output, _ = second.communicate(timeout=60)
     assert second.returncode == 2
