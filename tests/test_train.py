@@ -127,7 +127,7 @@ def test_killed_again_and_again_ends_with_the_same_bits(
         process = start(trainer)
         wait_for(trainer, f"runs/*/checkpoints/state_{steps:012}.safetensors", process)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.communicate(timeout=10)  # its output ends when no worker holds it any more: none may outlive it
     output = finish(start(trainer, n_workers=1))
 
     assert "resumed at" in output
@@ -163,7 +163,7 @@ def test_a_second_trainer_is_told_who_holds_the_folder(trainer: Path) -> None:
     assert second.returncode == 2
     assert f"is being trained by process {first.pid} on" in output
     first.kill()
-    first.communicate()
+    first.communicate(timeout=10)
 
 
 def test_a_store_that_is_away_is_told_at_once(trainer: Path) -> None:

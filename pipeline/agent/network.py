@@ -179,20 +179,3 @@ def network_kwargs(network: NetworkParams, dtype: th.dtype = th.float32) -> dict
         "ortho_init": network.ortho_init,
         "log_std_init": network.log_std_init,
     }
-
-
-def choose_dtype(precision: str, device: th.device) -> th.dtype:
-    """The convolutions' number format. ``auto`` is bf16 where the hardware multiplies it, float32 elsewhere."""
-    if precision == "auto":
-        return th.bfloat16 if has_fast_bf16(device) else th.float32
-    return th.bfloat16 if precision == "bf16" else th.float32
-
-
-def has_fast_bf16(device: th.device) -> bool:
-    """Whether the device has bf16 multiply instructions: AMX or AVX512-BF16 on a CPU, Ampere or later on a GPU."""
-    if device.type == "cuda":
-        return th.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        return any(getattr(th.cpu, probe, lambda: False)() for probe in probes)
-    return False

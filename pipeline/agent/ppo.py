@@ -17,40 +17,15 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
-from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.utils import explained_variance, set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from pipeline.agent.network import DrivingNetwork, choose_dtype, network_kwargs
+from pipeline.agent.hardware import choose_device, choose_dtype
+from pipeline.agent.network import DrivingNetwork, network_kwargs
+from pipeline.agent.reward import RewardScaler
 from pipeline.config import TrainParams, cores
 from pipeline.sim.vec_env import SharedMemoryVecEnv
-
-
-class RewardScaler:
-    """Training reward -> reward / running std of the discounted return, clipped; as SB3's ``VecNormalize`` does.
-
-    Attributes:
-        statistics: Running variance of the discounted return over all environments.
-        returns: (n_envs,) float64 discounted return of the present episodes.
-    """
-
-    EPSILON = 1e-8
-
-    def __init__(self, n_envs: int, gamma: float, normalize: bool, clip: float) -> None:
-        self.gamma, self.normalize, self.clip = gamma, normalize, clip
-        self.statistics = RunningMeanStd(shape=())
-        self.returns = np.zeros(n_envs)
-
-    def __call__(self, rewards: NDArray[np.float32], dones: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Scale one step's rewards, (n_envs,) float32."""
-        if self.normalize:
-            self.returns = self.returns * self.gamma + rewards
-            self.statistics.update(self.returns)
-            rewards = (rewards / np.sqrt(self.statistics.var + self.EPSILON)).astype(np.float32)
-            self.returns[dones] = 0
-        return np.clip(rewards, -self.clip, self.clip) if self.clip else rewards
-
 
 UPDATE_STATISTICS = (
     "policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "loss"
@@ -120,9 +95,7 @@ class DrivingPPO(PPO):
         bootstrap = np.zeros_like(rewards)
         dones = np.zeros((n_rollout_steps, env.num_envs), bool)
         assert isinstance(self._last_obs, np.ndarray)
-        pictures = (
-            rollout_buffer.observations
-        )  # (n_steps, n_envs, c, h, w) uint8: the workers' pictures are copied once
+        pictures = rollout_buffer.observations  # (n_steps, n_envs, c, h, w) uint8; copied here from the workers, once
         pictures[0] = self._last_obs
         last_pictures = np.empty_like(pictures[0])
 
@@ -282,15 +255,6 @@ class DrivingPPO(PPO):
         return th.from_numpy(observations).to(self.device, non_blocking=True)
 
 
-def choose_device(device: str) -> th.device:
-    """``auto`` is CUDA, else Apple's GPU, else the CPU."""
-    if device != "auto":
-        return th.device(device)
-    if th.cuda.is_available():
-        return th.device("cuda")
-    return th.device("mps" if th.backends.mps.is_available() else "cpu")
-
-
 def schedule(kind: str, initial: float) -> Callable[[float], float]:
     """A learning-rate schedule over SB3's ``progress_remaining``, which falls from 1 to 0."""
     shapes: dict[str, Callable[[float], float]] = {
@@ -304,8 +268,8 @@ def schedule(kind: str, initial: float) -> Callable[[float], float]:
 
 def build_model(params: TrainParams, env: SharedMemoryVecEnv) -> DrivingPPO:
     """The PPO of these parameters, on its device."""
-    # Not by PPO's own `seed`: that would also seed the environments, whose tracks have a sequence of their own.
     device = choose_device(params.device)
+    # Not by PPO's own `seed`: that would also seed the environments, whose tracks have a sequence of their own.
     set_random_seed(params.seed, using_cuda=device.type == "cuda")
     dtype = choose_dtype(params.precision, device)
     if device.type == "cuda" and dtype != th.float32:

@@ -13,7 +13,7 @@ FIRST_TRAINING_TRACK = 1_000_000
 """Training tracks have seeds from here on, so validation and test tracks below can never be among them."""
 
 PACKAGE = Path(__file__).parent.parent
-LEARNING_CODE = ("agent/*.py", "config/*.py", "sim/*.py", "evaluation.py", "train.py")
+LEARNING_CODE = ("agent/*.py", "config/*.py", "sim/*.py", "evaluation.py", "session.py", "train.py")
 """Code that decides which policy comes out."""
 WITHOUT_EFFECT = {"n_workers"}
 """Keys that change no bit of the result."""

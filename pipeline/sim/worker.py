@@ -236,7 +236,7 @@ def _encoded(reply: Any) -> bytes:
         encoded = dumps(reply)
         if isinstance(reply, Failure):
             pickle.loads(encoded)  # exceptions with an __init__ of their own often can't be rebuilt
-    except Exception:
+    except Exception:  # whatever can't be pickled, or rebuilt on the other side, is told as text
         reason = reply.reason if isinstance(reply, Failure) else f"raised\n{traceback.format_exc()}"
         return pickle.dumps(Failure(reason))
     return encoded

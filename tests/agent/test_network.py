@@ -9,7 +9,8 @@ from gymnasium import spaces
 from scipy import stats
 from stable_baselines3.common.torch_layers import NatureCNN
 
-from pipeline.agent.network import BetaDistribution, ConvFeatures, DrivingNetwork, choose_dtype, network_kwargs
+from pipeline.agent.hardware import choose_dtype
+from pipeline.agent.network import BetaDistribution, ConvFeatures, DrivingNetwork, network_kwargs
 from pipeline.agent.policy import build_network, spaces_of
 from pipeline.config import NetworkParams, ObservationParams
 

@@ -1,0 +1,175 @@
+"""The rollout and the update against SB3's own, against the environments driven by hand, and against formulas."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from pipeline.agent.ppo import DrivingPPO, build_model, schedule
+from pipeline.agent.reward import RewardScaler
+from pipeline.config import TrainParams, load
+from pipeline.sim.env import make_training_env
+from pipeline.sim.vec_env import SharedMemoryVecEnv
+
+N_ENVS, N_STEPS = 3, 80  # odd, so that the groups differ; 16 frames a decision reach the time limit after 63 decisions
+
+
+def parameters(**changes: object) -> TrainParams:
+    small = {"n_envs": N_ENVS, "n_steps": N_STEPS, "batch_size": N_ENVS * N_STEPS, "n_epochs": 2, "num_threads": 1}
+    game = {"frame_skip": 16, "grass_limit": 0, "stall_limit": 0, "resize": 36, "precision": "fp32", "device": "cpu"}
+    return load(TrainParams, **{**small, **game, "total_timesteps": 1000, **changes})
+
+
+def build(params: TrainParams) -> DrivingPPO:
+    envs = [partial(make_training_env, params, index) for index in range(params.n_envs)]
+    model = build_model(params, SharedMemoryVecEnv(envs, n_workers=0))
+    model.set_logger(Logger(None, []))
+    return model
+
+
+@pytest.fixture(scope="module")
+def rolled_out() -> Iterator[DrivingPPO]:
+    """A model with a filled buffer, not updated yet."""
+    model = build(parameters())
+    _, callback = model._setup_learn(N_ENVS * N_STEPS, CallbackList([]))
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, N_STEPS)
+    model._update_current_progress_remaining(0, 1)
+    yield model
+    model.env.close()
+
+
+def driven_by_hand(
+    model: DrivingPPO, index: int
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, dict[int, np.ndarray]]:
+    """The buffer's actions in a fresh environment: observations, rewards, ends, last pictures at the time limit."""
+    env = make_training_env(parameters(), index)
+    observation, _ = env.reset()
+    observations, rewards, dones, cut = [], np.zeros(N_STEPS, np.float32), np.zeros(N_STEPS, bool), {}
+    for step in range(N_STEPS):
+        observations.append(observation)
+        observation, rewards[step], terminated, truncated, _ = env.step(model.rollout_buffer.actions[step, index])
+        dones[step] = terminated or truncated
+        if truncated:
+            cut[step] = observation
+        if dones[step]:
+            observation, _ = env.reset()
+    return observations, rewards, dones, cut
+
+
+def test_rollout_is_what_the_environments_say(rolled_out: DrivingPPO) -> None:
+    buffer = rolled_out.rollout_buffer
+    drives = [driven_by_hand(rolled_out, index) for index in range(N_ENVS)]
+    rewards, dones = (np.stack([drive[k] for drive in drives], axis=1) for k in (1, 2))
+    expected = scaled_by_vec_normalize(rewards, dones)
+    for index, (_, _, _, cut) in enumerate(drives):
+        for step, picture in cut.items():  # the time limit is no end of the game: its value goes on
+            with th.no_grad():
+                value = rolled_out.policy.predict_values(th.from_numpy(picture[None])).item()
+            expected[step, index] += rolled_out.gamma * value
+    assert sum(len(drive[3]) for drive in drives) >= 1, "the test needs a drive that the time limit cuts"
+    for index, drive in enumerate(drives):
+        np.testing.assert_array_equal(buffer.observations[:, index], np.stack(drive[0]))
+    np.testing.assert_array_equal(buffer.episode_starts[1:], dones[:-1])
+    np.testing.assert_array_equal(buffer.episode_starts[0], 1)
+    np.testing.assert_allclose(buffer.rewards, expected, rtol=1e-5, atol=1e-6)
+
+
+def scaled_by_vec_normalize(rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
+    params = parameters()
+    env = DummyVecEnv([partial(make_training_env, params, index) for index in range(N_ENVS)])
+    normalizer = VecNormalize(env, norm_obs=False, clip_reward=params.reward_clip, gamma=params.gamma)
+    scaled = []
+    for reward, done in zip(rewards, dones, strict=True):
+        normalizer._update_reward(reward)
+        scaled.append(normalizer.normalize_reward(reward))
+        normalizer.returns[done] = 0
+    env.close()
+    return np.stack(scaled)
+
+
+def test_values_and_probabilities_are_the_policys(rolled_out: DrivingPPO) -> None:
+    buffer = rolled_out.rollout_buffer
+    flat = th.from_numpy(buffer.observations.reshape(-1, *buffer.obs_shape))
+    with th.no_grad():
+        values, log_probs, _ = rolled_out.policy.evaluate_actions(flat, th.from_numpy(buffer.actions.reshape(-1, 2)))
+    np.testing.assert_allclose(buffer.values.ravel(), values.flatten(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(buffer.log_probs.ravel(), log_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_advantages_are_gae(rolled_out: DrivingPPO) -> None:
+    """Schulman et al. 2016, equation 16, as the plain double sum over one environment."""
+    buffer, gamma, decay = rolled_out.rollout_buffer, rolled_out.gamma, rolled_out.gamma * rolled_out.gae_lambda
+    with th.no_grad():
+        last = rolled_out.policy.predict_values(th.from_numpy(rolled_out._last_obs)).flatten().numpy()
+    values = np.vstack([buffer.values, last])
+    alive = 1 - np.vstack([buffer.episode_starts, rolled_out._last_episode_starts])[1:]
+    deltas = buffer.rewards + gamma * values[1:] * alive - values[:-1]
+    for t in range(N_STEPS):
+        total, weight = np.zeros(N_ENVS), np.ones(N_ENVS)
+        for later in range(t, N_STEPS):
+            total += weight * deltas[later]
+            weight = weight * decay * alive[later]
+        np.testing.assert_allclose(buffer.advantages[t], total, rtol=1e-3, atol=1e-4)
+
+
+def test_update_is_stable_baselines3s() -> None:
+    """One batch is the whole rollout, so shuffling decides nothing but the order of sums."""
+    ours = build(parameters())
+    _, callback = ours._setup_learn(N_ENVS * N_STEPS, CallbackList([]))
+    ours.collect_rollouts(ours.env, callback, ours.rollout_buffer, N_STEPS)
+    before = copy.deepcopy(ours.policy.state_dict())
+    buffer = copy.deepcopy(ours.rollout_buffer)
+
+    ours.train()
+    by_us = copy.deepcopy(ours.policy.state_dict())
+    ours.policy.load_state_dict(before)
+    ours.policy.optimizer.state.clear()
+    ours.rollout_buffer = buffer
+    PPO.train(ours)
+    ours.env.close()
+
+    for name, theirs in ours.policy.state_dict().items():
+        moved = (theirs - before[name]).abs().max()
+        assert moved > 0, f"{name} was not trained"
+        assert (by_us[name] - theirs).abs().max() < 0.02 * moved, name
+
+
+@pytest.mark.parametrize("n_envs", [2, 3, 4])
+def test_every_environment_has_its_own_gsde_noise(n_envs: int) -> None:
+    model = build(parameters(action_head="gsde", n_envs=n_envs, batch_size=n_envs * N_STEPS))
+    model._resample_noise()
+    picture = th.randint(0, 255, (1, *model.rollout_buffer.obs_shape), dtype=th.uint8)
+    actions = []
+    for rows in model.env.groups:
+        model._use_noise_of(rows)
+        with th.no_grad():
+            actions += list(model.policy(picture.repeat(rows.stop - rows.start, 1, 1, 1))[0].numpy())
+    model.env.close()
+    assert len({tuple(action) for action in actions}) == n_envs
+
+
+def test_scaler_without_normalisation_only_clips() -> None:
+    scaler = RewardScaler(3, 0.99, normalize=False, clip=2.0)
+    rewards = np.array([-5.0, 1.0, 7.0], np.float32)
+    np.testing.assert_array_equal(scaler(rewards, np.zeros(3, bool)), [-2, 1, 2])
+    np.testing.assert_array_equal(RewardScaler(3, 0.99, False, 0.0)(rewards, np.zeros(3, bool)), rewards)
+
+
+@pytest.mark.parametrize(
+    ("kind", "halfway", "end"), [("constant", 0.1, 0.1), ("linear", 0.05, 0.0), ("cosine", 0.05, 0.0)]
+)
+def test_learning_rate(kind: str, halfway: float, end: float) -> None:
+    rate = schedule(kind, 0.1)
+    assert rate(1.0) == pytest.approx(0.1)
+    assert rate(0.5) == pytest.approx(halfway)
+    assert rate(0.0) == pytest.approx(end)
+    assert rate(-0.02) == pytest.approx(end), "the last rollout ends past total_timesteps: never climb the loss"
