@@ -29,7 +29,9 @@ log = logging.getLogger("pipeline.record_videos")
 POLICY, TABLE = Path("models/best_model.safetensors"), Path("plots/tracks.csv")
 FILMS, METRICS = Path("videos"), Path("metrics/record_videos.json")
 GIF, STRIP = Path("plots/drive.gif"), Path("plots/filmstrip.png")
+MAP, ACTIONS = Path("plots/track_map.png"), Path("plots/actions.png")
 GIF_FPS = 12.5
+FRAMES_PER_STILL = 4  # of 50 a second
 
 
 class RecordError(Exception):
@@ -55,14 +57,17 @@ def record(params: RecordParams, policy_path: Path = POLICY) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for rank, episode in pick(read_table(TABLE), params.video_tracks):
         path = FILMS / f"{rank}.mp4"
-        frames = film(policy, episode, path, params.video_fps, f"{rank} of the evaluated tracks")
+        camera = film(policy, episode, path, params.video_fps, f"{rank} of the evaluated tracks")
         if rank == params.video_tracks[0]:
-            publish_stills(frames, params.gif_seconds)
+            publish_stills(camera.stills, params.gif_seconds)
         run.artifact(path, "videos")
         figures[rank] = {"track": episode.track, "episode_return": episode.episode_return, "frames": episode.frames}
         log.info("%s: track %d, %.1f, %s", rank, episode.track, episode.episode_return, path)
-    for still in (GIF, STRIP):
-        run.artifact(still, "videos")
+    draw_drive(camera, rank, episode)  # the last one asked for, by default the worst: there is most to see
+    for picture in (GIF, STRIP):
+        run.artifact(picture, "videos")
+    for picture in (MAP, ACTIONS):
+        run.artifact(picture, "plots")
     METRICS.write_text(json.dumps(figures, indent=2) + "\n")
     return figures
 
@@ -76,12 +81,21 @@ def pick(episodes: Sequence[Episode], ranks: Sequence[str]) -> Iterator[tuple[st
 
 
 class Camera:
-    """Composes a picture after every physics frame: the game, what the network saw last, the controls, the numbers."""
+    """Composes a picture after every physics frame: the game, what the network saw last, the controls, the numbers.
+
+    Attributes:
+        stills: Every fourth picture at half its size, (h, w, 3) uint8; at full size those of a film fill 400 MB.
+        road: Centre line, (n, 2) world units.
+        drive: Per frame x, y, speed, steer, gas, brake and the share of wheels off the road.
+    """
 
     def __init__(self, policy: Policy, title: str, write: Callable[[NDArray[np.uint8]], None]) -> None:
         self.policy, self.title, self.write = policy, title, write
         self.observation: Any = None
         self.value = self.episode_return = 0.0
+        self.stills: list[NDArray[np.uint8]] = []
+        self.road: list[tuple[float, float]] = []
+        self.drive: list[tuple[float, ...]] = []
 
     def on_decision(self, observation: NDArray[np.uint8]) -> None:
         """Keep what the network is about to decide on, (c, h, w) uint8."""
@@ -90,10 +104,15 @@ class Camera:
 
     def on_frame(self, env: Any, track: int, action: NDArray[np.float32], reward: float) -> None:
         """Film one physics frame of the game ``env``, driven with steer, gas and brake."""
+        import cv2
+        import numpy as np
+
         from pipeline.media.overlay import Telemetry, compose
 
         self.episode_return += reward
         game = env.unwrapped
+        self.road = [(x, y) for _, _, x, y in game.track]
+        self.drive.append((*game.car.hull.position, game.speed(), *map(float, action), game.wheels_on_grass()))
         telemetry = Telemetry(
             track=track,
             frame=game.frames,
@@ -107,11 +126,16 @@ class Camera:
             value=self.value,
         )
         channels = 1 if self.policy.observation.grayscale else 3
-        self.write(compose(env.render(), self.observation, telemetry, self.title, channels=channels))
+        picture = compose(env.render(), self.observation, telemetry, self.title, channels=channels)
+        self.write(picture)
+        if len(self.drive) % FRAMES_PER_STILL == 1:
+            self.stills.append(
+                np.asarray(cv2.resize(picture, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA), np.uint8)
+            )
 
 
-def film(policy: Policy, evaluated: Episode, path: Path, fps: int, title: str) -> list[NDArray[np.uint8]]:
-    """Drive the episode again and film every physics frame; returns every fourth picture, for the stills.
+def film(policy: Policy, evaluated: Episode, path: Path, fps: int, title: str) -> Camera:
+    """Drive the episode again and film every physics frame; returns the camera, with its stills and the drive.
 
     Raises:
         RecordError: This drive is not the one that was evaluated.
@@ -123,15 +147,12 @@ def film(policy: Policy, evaluated: Episode, path: Path, fps: int, title: str) -
     from pipeline.media.video import FilmWriter
     from pipeline.sim.env import make_env
 
-    stills: list[NDArray[np.uint8]] = []
     path.parent.mkdir(exist_ok=True)
     bar = tqdm(total=evaluated.frames, desc=path.stem, unit="frame", disable=not sys.stderr.isatty())
     with FilmWriter(path, SIZE, fps) as writer, bar:
 
         def write(picture: NDArray[np.uint8]) -> None:
             writer.write(picture)
-            if evaluated.frames and bar.n % 4 == 0:
-                stills.append(picture)
             bar.update()
 
         camera = Camera(policy, title, write)
@@ -143,7 +164,22 @@ def film(policy: Policy, evaluated: Episode, path: Path, fps: int, title: str) -
             f"drive made {driven.episode_return} in {driven.frames}. Another machine or other versions? "
             "Evaluate again: `dvc repro -f evaluate`."
         )
-    return stills
+    return camera
+
+
+def draw_drive(camera: Camera, rank: str, episode: Episode) -> None:
+    """The map of the driven line, with the places where the car left the road, and how the controls were used."""
+    import numpy as np
+
+    from pipeline.media import charts
+
+    x, y, speed, steer, gas, brake, off_road = np.array(camera.drive).T
+    line, lost = np.stack([x, y], axis=1), off_road == 1
+    left = np.flatnonzero(lost & ~np.roll(lost, 1))
+    MAP.parent.mkdir(exist_ok=True)
+    title = f"Track {episode.track}, the {rank} one: {episode.episode_return:.1f}"
+    charts.track_map(camera.road, line, speed, line[left], MAP, title=title)
+    charts.action_histograms(steer, gas, brake, ACTIONS)
 
 
 def publish_stills(frames: Sequence[NDArray[np.uint8]], seconds: int) -> None:

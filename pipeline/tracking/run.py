@@ -14,7 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import mlflow
 import pandas as pd
 from mlflow import MlflowClient
 from mlflow.data.pandas_dataset import from_pandas
@@ -176,9 +175,3 @@ def _restored(client: MlflowClient, run_id: str, name: str) -> str:
     created = client.create_run(experiment, tags=tags, run_name=f"{name} (restored)")
     client.set_terminated(created.info.run_id, "FINISHED")
     return str(created.info.run_id)
-
-
-def ui_hint() -> str:
-    """How to look at what was logged."""
-    uri = str(mlflow.get_tracking_uri())
-    return "mlflow ui" if uri.startswith("sqlite") else uri
