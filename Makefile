@@ -13,7 +13,7 @@ PORT ?= 5000
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro evaluate promote ui tensorboard test test-slow check lint types format clean
+.PHONY: help setup repro demo evaluate promote ui tensorboard test test-slow check lint types format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ $(STAMP): requirements.txt requirements-dev.txt constraints.txt
 repro: setup ## Train, evaluate, film: what changed since the last time. CONFIG=configs/quick.yaml applies a file first
 	$(if $(CONFIG),"$(BIN)/python" -m pipeline.config apply "$(CONFIG)")
 	"$(BIN)/dvc" repro
+
+demo: setup ## Watch the shipped champion drive a track it has never seen: videos/demo.mp4. TRACK=20001
+	"$(BIN)/python" -m pipeline.demo $(if $(TRACK),--track "$(TRACK)")
 
 evaluate: setup ## Score a policy file on the held-out tracks, as JSON. POLICY=models/best_model.safetensors
 	"$(BIN)/python" -m pipeline.evaluate --policy "$(POLICY)" --json -

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from pipeline.agent.policy import Policy
     from pipeline.evaluation import Episode
+    from pipeline.filming import Camera
 
 log = logging.getLogger("pipeline.record_videos")
 
@@ -31,7 +31,6 @@ FILMS, METRICS = Path("videos"), Path("metrics/record_videos.json")
 GIF, STRIP = Path("plots/drive.gif"), Path("plots/filmstrip.png")
 MAP, ACTIONS = Path("plots/track_map.png"), Path("plots/actions.png")
 GIF_FPS = 12.5
-FRAMES_PER_STILL = 4  # of 50 a second
 
 
 class RecordError(Exception):
@@ -57,7 +56,7 @@ def record(params: RecordParams, policy_path: Path = POLICY) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for rank, episode in pick(read_table(TABLE), params.video_tracks):
         path = FILMS / f"{rank}.mp4"
-        camera = film(policy, episode, path, params.video_fps, f"{rank} of the evaluated tracks")
+        camera = film_evaluated(policy, episode, path, params.video_fps, f"{rank} of the evaluated tracks")
         if rank == params.video_tracks[0]:
             publish_stills(camera.stills, params.gif_seconds)
         run.artifact(path, "videos")
@@ -80,84 +79,15 @@ def pick(episodes: Sequence[Episode], ranks: Sequence[str]) -> Iterator[tuple[st
         yield rank, ordered[places[rank]]
 
 
-class Camera:
-    """Composes a picture after every physics frame: the game, what the network saw last, the controls, the numbers.
-
-    Attributes:
-        stills: Every fourth picture at half its size, (h, w, 3) uint8; at full size those of a film fill 400 MB.
-        road: Centre line, (n, 2) world units.
-        drive: Per frame x, y, speed, steer, gas, brake and the share of wheels off the road.
-    """
-
-    def __init__(self, policy: Policy, title: str, write: Callable[[NDArray[np.uint8]], None]) -> None:
-        self.policy, self.title, self.write = policy, title, write
-        self.observation: Any = None
-        self.value = self.episode_return = 0.0
-        self.stills: list[NDArray[np.uint8]] = []
-        self.road: list[tuple[float, float]] = []
-        self.drive: list[tuple[float, ...]] = []
-
-    def on_decision(self, observation: NDArray[np.uint8]) -> None:
-        """Keep what the network is about to decide on, (c, h, w) uint8."""
-        self.observation = observation
-        self.value = float(self.policy.value(observation[None])[0])
-
-    def on_frame(self, env: Any, track: int, action: NDArray[np.float32], reward: float) -> None:
-        """Film one physics frame of the game ``env``, driven with steer, gas and brake."""
-        import cv2
-        import numpy as np
-
-        from pipeline.media.overlay import Telemetry, compose
-
-        self.episode_return += reward
-        game = env.unwrapped
-        self.road = [(x, y) for _, _, x, y in game.track]
-        self.drive.append((*game.car.hull.position, game.speed(), *map(float, action), game.wheels_on_grass()))
-        telemetry = Telemetry(
-            track=track,
-            frame=game.frames,
-            episode_return=self.episode_return,
-            speed=game.speed(),
-            steer=float(action[0]),
-            gas=float(action[1]),
-            brake=float(action[2]),
-            tiles=game.tile_visited_count,
-            n_tiles=len(game.track),
-            value=self.value,
-        )
-        channels = 1 if self.policy.observation.grayscale else 3
-        picture = compose(env.render(), self.observation, telemetry, self.title, channels=channels)
-        self.write(picture)
-        if len(self.drive) % FRAMES_PER_STILL == 1:
-            self.stills.append(
-                np.asarray(cv2.resize(picture, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA), np.uint8)
-            )
-
-
-def film(policy: Policy, evaluated: Episode, path: Path, fps: int, title: str) -> Camera:
-    """Drive the episode again and film every physics frame; returns the camera, with its stills and the drive.
+def film_evaluated(policy: Policy, evaluated: Episode, path: Path, fps: int, title: str) -> Camera:
+    """Film an evaluated drive again; returns the camera, with its stills and the drive.
 
     Raises:
         RecordError: This drive is not the one that was evaluated.
     """
-    from tqdm import tqdm
+    from pipeline.filming import film
 
-    from pipeline.evaluation import drive
-    from pipeline.media.overlay import SIZE
-    from pipeline.media.video import FilmWriter
-    from pipeline.sim.env import make_env
-
-    path.parent.mkdir(exist_ok=True)
-    bar = tqdm(total=evaluated.frames, desc=path.stem, unit="frame", disable=not sys.stderr.isatty())
-    with FilmWriter(path, SIZE, fps) as writer, bar:
-
-        def write(picture: NDArray[np.uint8]) -> None:
-            writer.write(picture)
-            bar.update()
-
-        camera = Camera(policy, title, write)
-        env = make_env(policy.observation, render_mode="rgb_array", on_frame=camera.on_frame)
-        driven = drive(policy, evaluated.track, env, camera.on_decision)
+    camera, driven = film(policy, evaluated.track, path, fps, title, frames=evaluated.frames)
     if driven != evaluated:
         raise RecordError(
             f"track {evaluated.track}: evaluated {evaluated.episode_return} in {evaluated.frames} frames, but this "

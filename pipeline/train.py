@@ -29,10 +29,11 @@ def train(params: TrainParams) -> dict[str, float]:
         TrackingError: MLflow's store can't be reached.
         RunFolderError: Another process trains with the same parameters.
         CheckpointError: The training was interrupted and every state it left is damaged.
+        PolicyError: ``warm_start`` names a policy that does not fit the parameters.
         WorkerError: An environment failed again and again.
     """
     # Imported here: they take 4 s, and a mistake in the parameters is told before that.
-    from pipeline.agent import checkpoint
+    from pipeline.agent import checkpoint, policy
     from pipeline.agent.ppo import build_model
     from pipeline.evaluation import Evaluator
     from pipeline.session import Session, announce, build_logger, validation_tracks
@@ -42,6 +43,7 @@ def train(params: TrainParams) -> dict[str, float]:
     from pipeline.tracking.run import Run
     from pipeline.tracking.spool import Sender, Spool
 
+    initial_weights = policy.warm_start(params) if params.warm_start else None
     folder = run_folder(params)
     with one_writer(folder):
         state = checkpoint.latest(folder / "checkpoints")
@@ -64,6 +66,8 @@ def train(params: TrainParams) -> dict[str, float]:
             session = Session(params, model, evaluator, folder, spool)
             if state:
                 session.resume(state, run)
+            elif initial_weights:
+                policy.load_weights(model.policy, initial_weights)
             announce(run, model, folder, workers)
             run.track_set(validation_tracks(params), "validation", "validation")
             run.artifact(folder / "config.json")
@@ -85,12 +89,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     params, _ = parse_args(TrainParams, Parser(prog="python -m pipeline.train", description=__doc__), argv)
     signal.signal(signal.SIGTERM, _terminate)
     from pipeline.agent.checkpoint import CheckpointError
+    from pipeline.agent.policy import PolicyError
     from pipeline.tracking.folder import RunFolderError
     from pipeline.tracking.store import TrackingError
 
     try:
         train(params)
-    except (TrackingError, RunFolderError, CheckpointError) as error:
+    except (TrackingError, RunFolderError, CheckpointError, PolicyError) as error:
         fail(error)
     except KeyboardInterrupt:
         sys.exit(130)

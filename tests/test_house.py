@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "tracking": {"sim", "config"},
     "media": {"sim", "config"},
     "evaluation": {"agent", "sim", "config"},
+    "filming": {"evaluation", "agent", "media", "sim", "config"},
 }
 # What MLflow runs when it serves a policy: a script inside the registered model, which nothing here imports.
 SERVED = "pipeline.tracking.served_policy"

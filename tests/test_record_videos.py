@@ -59,7 +59,7 @@ def test_the_stage_leaves_films_stills_and_pictures_of_the_drive(evaluated: tupl
 
 def test_the_camera_sees_the_stock_drive(evaluated: tuple[Policy, Episode]) -> None:
     policy, episode = evaluated
-    camera = record_videos.film(policy, episode, Path("videos/one.mp4"), 50, "a film")
+    camera = record_videos.film_evaluated(policy, episode, Path("videos/one.mp4"), 50, "a film")
     drive_log = np.array(camera.drive)
     stock = gym.make("CarRacing-v3")
     stock.reset(seed=TRACK)
@@ -75,7 +75,7 @@ def test_another_drive_than_the_evaluated_is_refused(evaluated: tuple[Policy, Ep
     policy, episode = evaluated
     other = dataclasses.replace(episode, episode_return=episode.episode_return + 1)
     with pytest.raises(record_videos.RecordError, match="Evaluate again"):
-        record_videos.film(policy, other, Path("videos/one.mp4"), 50, "a film")
+        record_videos.film_evaluated(policy, other, Path("videos/one.mp4"), 50, "a film")
 
 
 def test_ranks() -> None:

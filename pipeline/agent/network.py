@@ -78,8 +78,15 @@ class BetaDistribution(Distribution):
         return nn.Linear(latent_dim, 2 * self.action_dim)
 
     def proba_distribution(self, raw: th.Tensor) -> BetaDistribution:
-        """Set the concentrations, 1 + softplus(raw), from (n, 2 x action_dim)."""
-        alpha, beta = (1 + nn.functional.softplus(raw)).chunk(2, dim=1)
+        """Set the distribution from (n, 2 x action_dim): of each action the logit of its place, and the log of ``nu``.
+
+        alpha = 1 + nu mu, beta = 1 + nu (1 - mu). With alpha and beta straight from the network, as in the paper, noise
+        that shrinks as 1/sqrt(alpha + beta) needs outputs in the hundreds before the car drives steadily.
+        """
+        logit, log_nu = raw.chunk(2, dim=1)
+        nu = log_nu.clamp(-5, 12).exp()
+        mu = logit.sigmoid()
+        alpha, beta = 1 + nu * mu, 1 + nu * (1 - mu)
         self.distribution = self.beta = th.distributions.Beta(alpha, beta, validate_args=False)
         return self
 

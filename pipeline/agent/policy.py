@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.agent.network import DrivingNetwork, network_kwargs
-from pipeline.config import NetworkParams, ObservationParams
+from pipeline.config import NetworkParams, ObservationParams, TrainParams
 
 HEADER_KEY = "carracing-policy"
 FORMAT_VERSION = 1
@@ -61,13 +61,7 @@ class Policy:
     ) -> None:
         self.observation, self.network, self.info = observation, network, info
         self.module = build_network(observation, network)
-        expected = without_aliases(self.module.state_dict())
-        wrong = [k for k in expected.keys() | weights.keys() if _shape(expected, k) != _shape(weights, k)]
-        if wrong:
-            key = min(wrong)
-            shapes = f"expected shape {_shape(expected, key)}, got {_shape(weights, key)}"
-            raise PolicyError(f"weights {key}: {shapes}{_ADVICE.get(key, '')}")
-        self.module.load_state_dict(weights, strict=False)  # the names left out are aliases of those checked above
+        load_weights(self.module, weights)
         self.module.set_training_mode(False)
 
     def predict(self, observations: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -83,6 +77,35 @@ class Policy:
         with th.inference_mode():
             values: NDArray[np.float32] = self.module.predict_values(th.from_numpy(observations)).numpy()[:, 0]
         return values
+
+
+def load_weights(module: DrivingNetwork, weights: dict[str, th.Tensor]) -> None:
+    """Copy weights into a network of the same shape, else raise :class:`PolicyError`."""
+    expected = without_aliases(module.state_dict())
+    wrong = [k for k in expected.keys() | weights.keys() if _shape(expected, k) != _shape(weights, k)]
+    if wrong:
+        key = min(wrong)
+        shapes = f"expected shape {_shape(expected, key)}, got {_shape(weights, key)}"
+        raise PolicyError(f"weights {key}: {shapes}{_ADVICE.get(key, '')}")
+    module.load_state_dict(weights, strict=False)  # the names left out are aliases of those checked above
+
+
+def warm_start(params: TrainParams) -> dict[str, th.Tensor]:
+    """Weights of the policy that ``params.warm_start`` names.
+
+    Raises:
+        PolicyError: Unreadable, or trained with a network or pictures that the parameters don't describe. The frame
+            skip may differ.
+    """
+    path = Path(params.warm_start)
+    initial = load(path)
+    theirs = {**initial.network.model_dump(), **initial.observation.model_dump()}
+    free = {"frame_skip", "ortho_init", "log_std_init"}  # they change no weight's shape or meaning
+    wrong = [key for key in theirs if key not in free and theirs[key] != getattr(params, key)]
+    if wrong:
+        differences = "; ".join(f"{key}: expected {theirs[key]}, got {getattr(params, key)}" for key in wrong)
+        raise PolicyError(f"warm_start: {path} was trained with other parameters: {differences}")
+    return without_aliases(initial.module.state_dict())
 
 
 def without_aliases(weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
@@ -111,15 +134,22 @@ def build_network(observation: ObservationParams, network: NetworkParams) -> Dri
     return DrivingNetwork(observation_space, action_space, lambda _: 0.0, **network_kwargs(network))
 
 
-def save(path: Path, module: DrivingNetwork, params: ObservationParams, network: NetworkParams, steps: int) -> None:
-    """Write a policy file; the same weights give the same bytes."""
+def save(
+    path: Path,
+    module: DrivingNetwork,
+    params: ObservationParams,
+    network: NetworkParams,
+    steps: int,
+    dtype: th.dtype = th.float32,
+) -> None:
+    """Write a policy file, its weights rounded to ``dtype``; the same weights give the same bytes."""
     header = {
         "format": FORMAT_VERSION,
         "observation": _only(ObservationParams, params),
         "network": _only(NetworkParams, network),
         "info": {"agent_steps": steps, "gymnasium": gym.__version__},
     }
-    weights = {k: v.detach().cpu().contiguous() for k, v in without_aliases(module.state_dict()).items()}
+    weights = {k: v.detach().cpu().to(dtype).contiguous() for k, v in without_aliases(module.state_dict()).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file(weights, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
@@ -151,7 +181,7 @@ def _load_safetensors(path: Path) -> Policy:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)
         header = json.loads(metadata[HEADER_KEY])
         if header["format"] != FORMAT_VERSION:
             raise PolicyError(f"format {header['format']}; this version reads format {FORMAT_VERSION}")

@@ -15,6 +15,7 @@ from pipeline.config.params import (
     PromoteParams,
     RecordParams,
     TrainParams,
+    track_bounds,
     track_list,
 )
 from pipeline.config.relations import cores
@@ -36,5 +37,6 @@ __all__ = [
     "load",
     "parse_args",
     "project_root",
+    "track_bounds",
     "track_list",
 ]

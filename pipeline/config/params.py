@@ -49,6 +49,13 @@ Name = Annotated[str, _spelled(f"^{_NAME}$", "1 to 64 letters, digits, dots, das
 FolderInProject = Annotated[
     str, _spelled(f"^{_NAME}(/{_NAME})*$", "a folder inside the project, as a relative path without '..'")
 ]
+PolicyInProject = Annotated[
+    str,
+    _spelled(
+        rf"^({_NAME}(/{_NAME})*\.safetensors)?$",
+        "a policy file inside the project, as a relative path without '..', or ''",
+    ),
+]
 TrackRange = Annotated[
     str,
     BeforeValidator(_track_range),
@@ -69,6 +76,8 @@ class Params(BaseModel):
     def fingerprint(self) -> str:
         """Eight hex digits that name these values and the code that learns from them: equal only if both are."""
         sha = hashlib.sha256(self.model_dump_json(exclude=WITHOUT_EFFECT).encode())
+        if policy := getattr(self, "warm_start", ""):
+            sha.update(Path(policy).read_bytes())
         for path in sorted(p for pattern in LEARNING_CODE for p in PACKAGE.glob(pattern)):
             sha.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
         return sha.hexdigest()[:8]
@@ -111,6 +120,9 @@ class TrainParams(ObservationParams, NetworkParams):
         description="training picture: Gymnasium's own or our fast copy; scores are always on CarRacing-v3"
     )
     seed: Int = Field(ge=0, le=2**31 - 1, description="seed of weights, actions and training tracks")
+    warm_start: PolicyInProject = Field(
+        description="policy file whose weights the training begins with; '' = random weights"
+    )
     n_envs: Int = Field(ge=1, le=1024, description="environments stepped side by side")
     n_workers: Int = Field(
         ge=0, le=256, description="worker processes that share the environments; 0 = all cores (result is the same)"
@@ -143,6 +155,13 @@ class TrainParams(ObservationParams, NetworkParams):
     )
     stall_limit: Int = Field(ge=0, le=1000, description="episode ends after so many frames without a tile; 0 = never")
     early_end_penalty: float = Field(ge=0, le=1000, description="reward lost when an episode is ended by a limit above")
+    missed_tile_penalty: float = Field(
+        ge=0, le=1000, description="reward lost when a road tile is left behind unvisited"
+    )
+    bootstrap_lap: bool = Field(
+        description="the end of a lap is bootstrapped like a time limit (the car can't see it), not an end worth 0"
+    )
+    reverse_laps: Probability = Field(description="share of training episodes that drive the lap the other way round")
     time_penalty: float = Field(ge=0, le=10, description="extra reward lost per frame, on top of the game's 0.1")
     steer_penalty: float = Field(ge=0, le=10, description="reward lost per decision per squared change of steering")
     eval_freq: Int = Field(ge=0, le=10**10, description="agent steps between validations; 0 = only at the end")

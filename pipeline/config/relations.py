@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from pipeline.config.params import FIRST_TRAINING_TRACK, track_bounds
 
@@ -87,6 +88,12 @@ def validation_tracks_are_not_test_tracks(validation_seed: int, n_eval_episodes:
         f"validation tracks {validation_seed}:{validation_seed + n_eval_episodes} overlap the test tracks {tracks}: "
         "the best model would be chosen on the tracks it is tested on"
     )
+
+
+@relation
+def warm_start_is_there(warm_start: str) -> str | None:
+    """What it was trained with is checked when it is read."""
+    return None if not warm_start or Path(warm_start).is_file() else "no such file; expected a policy file, or ''"
 
 
 @relation

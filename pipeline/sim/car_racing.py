@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.box2d.car_dynamics import Car
 from gymnasium.envs.box2d.car_racing import FPS, STATE_H, STATE_W, CarRacing
 from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
@@ -26,9 +28,11 @@ class LazyCarRacing(CarRacing):
     Attributes:
         drawing: Draw ``state_pixels``. While false, observations are the last picture drawn.
         frames: Physics frames since the start of the episode.
+        reverse: This lap is driven the other way round.
     """
 
     drawing: bool = True
+    reverse: bool = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -39,9 +43,24 @@ class LazyCarRacing(CarRacing):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
+        """Begin an episode; ``options={"reverse": True}`` turns the car round, to drive the lap the other way."""
+        self.reverse = bool((options or {}).get("reverse"))
         self.frames = -1  # reset() itself makes one step without an action
+        drawing, self.drawing = self.drawing, self.drawing and not self.reverse
         observation, info = super().reset(seed=seed, options=options)
-        return observation, info
+        self.drawing = drawing
+        return (self._turn_round() if self.reverse else observation), info
+
+    def _turn_round(self) -> NDArray[np.uint8]:
+        """Begin again from the same place, facing backwards; returns the picture."""
+        assert self.car is not None
+        _, beta, x, y = self.track[0]
+        self.car.destroy()  # type: ignore[no-untyped-call]
+        self.car = Car(self.world, beta + math.pi, x, y)  # type: ignore[no-untyped-call]
+        self.t = 0.0
+        self.frames = -1
+        observation, *_ = self.step(None)
+        return observation
 
     def step(self, action: Any) -> tuple[NDArray[np.uint8], float, bool, bool, dict[str, Any]]:
         """One physics frame; ``info`` gains ``tiles``, ``n_tiles``, ``lap_time`` [s] and ``lap_finished``."""
@@ -55,6 +74,22 @@ class LazyCarRacing(CarRacing):
         """Share of the four wheels that touch no road tile, 0 to 1."""
         assert self.car is not None
         return sum(not wheel.tiles for wheel in self.car.wheels) / 4
+
+    def progress(self, front: int) -> int:
+        """Tiles between the start and the foremost wheel, given the ``front`` before.
+
+        What is less than half a lap ahead of ``front`` counts as ahead, the rest as behind.
+        """
+        assert self.car is not None
+        n_tiles, direction = len(self.track), -1 if self.reverse else 1
+        below = {tile.idx for wheel in self.car.wheels for tile in wheel.tiles}
+        ahead = [(direction * tile - front) % n_tiles for tile in below]
+        return front + max((tiles for tiles in ahead if tiles < n_tiles / 2), default=0)
+
+    def is_visited(self, place: int) -> bool:
+        """Whether the tile ``place`` tiles after the start has been visited."""
+        road: Any = self.road
+        return bool(road[(-place if self.reverse else place) % len(road)].road_visited)
 
     def speed(self) -> float:
         """Speed of the hull in world units per second (about 100 at most on the straight)."""

@@ -20,6 +20,8 @@ from pipeline.sim.car_racing import LazyCarRacing
 
 Observation = NDArray[np.uint8]
 Step = tuple[Any, float, bool, bool, dict[str, Any]]
+TILES_BEHIND = 5
+"""A tile so far behind the foremost wheel, 17 units, can't be visited any more without turning back."""
 OnFrame = Callable[[gym.Env[Any, Any], int, Any, float], None]
 
 
@@ -102,6 +104,7 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
     def _begin(self) -> None:
         self._raw_return = self._shaped_return = self._steer = 0.0
         self._decisions = self._frames = self._frames_on_grass = self._frames_stalled = self._tiles = 0
+        self._front = self._missed = 0
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         self._begin()
@@ -115,6 +118,9 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
         if not (terminated or truncated) and self._hopeless():
             shaped -= self.params.early_end_penalty
             terminated = True
+        if (info["lap_finished"] or self._lap_over()) and self.params.bootstrap_lap:
+            # The car can't see that the lap ends here: to the learner the road goes on.
+            terminated, truncated = False, True
         self._shaped_return += shaped
         if terminated or truncated:
             info["episode"] = self._summary(info)
@@ -128,6 +134,7 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
             "lap_finished": float(info["lap_finished"]),
             "lap_time": info["lap_time"],
             "tiles": info["tiles"] / info["n_tiles"],
+            "missed_tiles": self._missed,
         }
 
     def _penalties(self, action: NDArray[np.float32]) -> float:
@@ -140,11 +147,26 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
         self._tiles = car.tile_visited_count
         steer_change = float(action[0]) - self._steer
         self._steer = float(action[0])
+        missed = self._missed
+        self._missed += self._newly_missed()
         return (
-            params.grass_penalty * off_road * car.speed() / 50 * frames
+            params.missed_tile_penalty * (self._missed - missed)
+            + params.grass_penalty * off_road * car.speed() / 50 * frames
             + params.time_penalty * frames
             + params.steer_penalty * steer_change**2
         )
+
+    def _newly_missed(self) -> int:
+        """Tiles that the car has now left behind unvisited: each will keep the lap from being finished."""
+        n_tiles, game = len(self._car_racing.track), self._car_racing
+        before = max(self._front - TILES_BEHIND, 0)
+        self._front = game.progress(self._front)
+        behind = min(self._front - TILES_BEHIND, n_tiles)
+        return sum(not game.is_visited(place) for place in range(before, behind))
+
+    def _lap_over(self) -> bool:
+        """The car is round, whether or not it has visited every tile."""
+        return self._front >= len(self._car_racing.track)
 
     def _hopeless(self) -> bool:
         grass, stall = self.params.grass_limit, self.params.stall_limit
@@ -203,9 +225,9 @@ class TrackSequence(gym.Wrapper[Any, Any, Any, Any]):
     and does not advance the sequence.
     """
 
-    def __init__(self, env: gym.Env[Any, Any], seed: int, index: int) -> None:
+    def __init__(self, env: gym.Env[Any, Any], seed: int, index: int, reverse_laps: float = 0.0) -> None:
         super().__init__(env)
-        self.seed, self.index = seed, index
+        self.seed, self.index, self.reverse_laps = seed, index, reverse_laps
         self.episode = -1
         self._frame_skip = find_wrapper(env, FrameSkip)
         self._stack = find_wrapper(env, FrameStack).stack
@@ -216,6 +238,7 @@ class TrackSequence(gym.Wrapper[Any, Any, Any, Any]):
         if seed is None:
             self.episode += 1
             seed = training_track(self.seed, self.index, self.episode)
+            options = {"reverse": is_reversed(seed, self.reverse_laps)}
         observation, info = self.env.reset(seed=seed, options=options)
         return observation, {**info, "episode_index": self.episode, "track": seed}
 
@@ -238,6 +261,14 @@ def training_track(seed: int, index: int, episode: int) -> int:
     """Track of an episode: a hash of all three, at or above ``FIRST_TRAINING_TRACK``."""
     word = int(np.random.SeedSequence([seed, index, episode]).generate_state(1)[0])
     return FIRST_TRAINING_TRACK + word % (2**31 - FIRST_TRAINING_TRACK)
+
+
+def is_reversed(track: int, share: float) -> bool:
+    """Whether a track is among the ``share`` that is driven the other way round.
+
+    The game's tracks turn left: right-hand hairpins are so rare that a policy cuts them and misses their tiles.
+    """
+    return bool(np.random.default_rng(track).random() < share)
 
 
 def find_wrapper(env: gym.Env[Any, Any], kind: type[Any]) -> Any:
@@ -267,7 +298,7 @@ def make_training_env(params: TrainParams, index: int) -> TrackSequence:
     game = FAST if params.env_id == FAST else STOCK
     env: gym.Env[Any, Any] = FrameSkip(gym.make(game, disable_env_checker=True, **gray), params.frame_skip)
     env = Shaping(_driven(env, params), params)
-    return TrackSequence(_observed(env, params), params.seed, index)
+    return TrackSequence(_observed(env, params), params.seed, index, params.reverse_laps)
 
 
 def _driven(env: gym.Env[Any, Any], observation: ObservationParams) -> gym.Env[Any, Any]:

@@ -7,6 +7,8 @@ import os
 import pickle
 import struct
 import zipfile
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,11 @@ from stable_baselines3 import PPO
 
 from pipeline.agent import policy as policies
 from pipeline.agent.policy import Policy, PolicyError, build_network, load, save
-from pipeline.config import NetworkParams, ObservationParams
+from pipeline.agent.ppo import build_model
+from pipeline.config import NetworkParams, ObservationParams, TrainParams
+from pipeline.config import load as load_params
+from pipeline.sim.env import make_training_env
+from pipeline.sim.vec_env import SharedMemoryVecEnv
 
 OBSERVATION = ObservationParams(frame_skip=4, frames_stack=2, grayscale=False, resize=48, action_axes="steer_throttle")
 NETWORK = NetworkParams(
@@ -58,6 +64,36 @@ def test_what_is_loaded_acts_as_what_was_saved(head: str, tmp_path: Path) -> Non
     loaded = load(tmp_path / "a.safetensors")
     np.testing.assert_array_equal(loaded.predict(pictures()), np.clip(actions.numpy(), -1, 1))
     np.testing.assert_array_equal(loaded.value(pictures()), values[:, 0])
+
+
+def train_params(warm_start: Path, **changes: object) -> TrainParams:
+    described = {**OBSERVATION.model_dump(), **NETWORK.model_dump(), **changes}
+    return load_params(TrainParams, **described).model_copy(update={"warm_start": str(warm_start)})
+
+
+def test_a_warm_start_takes_over_the_weights_whatever_the_frame_skip(saved: Path) -> None:
+    params = train_params(saved, frame_skip=2)
+    with closing(SharedMemoryVecEnv([partial(make_training_env, params, 0)], n_workers=0)) as env:
+        model = build_model(params, env)
+        policies.load_weights(model.policy, policies.warm_start(params))
+        expected = load(saved).module.state_dict()
+        assert all(th.equal(weights, expected[name]) for name, weights in model.policy.state_dict().items())
+        assert model.num_timesteps == 0
+        assert not model.policy.optimizer.state
+
+
+def test_a_warm_start_from_another_network_names_every_difference(saved: Path) -> None:
+    with pytest.raises(PolicyError) as told:
+        policies.warm_start(train_params(saved, features_dim=32, resize=64, action_head="gaussian"))
+    for words in ("features_dim: expected 16, got 32", "resize: expected 48, got 64", "expected beta, got gaussian"):
+        assert words in str(told.value)
+
+
+def test_the_fingerprint_follows_the_warm_start(saved: Path) -> None:
+    params = train_params(saved)
+    before = params.fingerprint()
+    save(saved, build_network(OBSERVATION, NETWORK), OBSERVATION, NETWORK, steps=5)  # the same name, other weights
+    assert params.fingerprint() != before
 
 
 def test_the_same_weights_give_the_same_bytes(saved: Path, tmp_path: Path) -> None:

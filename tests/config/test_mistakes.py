@@ -55,6 +55,14 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "no list": ("net_arch: 64", ["net_arch = 64 (c.yaml:1): expected list of 0 to 4 x integer, 1 to 4096"]),
     "a list with a text": ("net_arch: [64, big]", ['net_arch = [64, "big"] (c.yaml:1): expected list of 0 to 4 x']),
     "a mapping": ("seed:\n  value: 1", [f'seed = {{"value": 1}} (c.yaml:1): {INT_SEED}']),
+    "a policy that is not there": (
+        "warm_start: models/none.safetensors",
+        ['warm_start = "models/none.safetensors" (c.yaml:1): no such file; expected a policy file'],
+    ),
+    "a policy outside the project": (
+        "warm_start: ../best.safetensors",
+        ['warm_start = "../best.safetensors" (c.yaml:1): expected a policy file inside the project'],
+    ),
     "a film twice": (
         "video_tracks: [best, best]",
         ['video_tracks = ["best", "best"] (c.yaml:1): expected each of best, median, worst at most once'],
@@ -68,10 +76,10 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         ["total_timesteps = 100 (c.yaml:1): expected at least one rollout, n_steps x n_envs = 1024"],
     ),
     "too many environments": (
-        "n_envs: 1000\nn_steps: 256",
+        "n_envs: 1000\nn_steps: 64",
         ["n_envs = 1000 (c.yaml:1): expected at most 64 per core, 128 on this machine with 2 cores"],
     ),
-    "idle workers": ("n_envs: 4\nn_workers: 8", ["n_workers = 8 (c.yaml:2): expected at most n_envs = 4"]),
+    "idle workers": ("n_envs: 4\nn_workers: 8\nn_steps: 64", ["n_workers = 8 (c.yaml:2): expected at most n_envs = 4"]),
     "too many threads": ("num_threads: 99", ["num_threads = 99 (c.yaml:1): expected at most 2, the cores of this"]),
     "no such device": ("device: gpu", ['device = "gpu" (c.yaml:1): expected auto, cpu, cuda, cuda:N or mps']),
     "an absent device": ("device: cuda:1", ['device = "cuda:1" (c.yaml:1): this machine (or this build of torch) has']),

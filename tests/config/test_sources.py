@@ -62,18 +62,18 @@ def test_json_is_read_as_json(params_here: Path) -> None:
 
 def test_flags_win_over_config_files_and_those_over_params_yaml(params_here: Path) -> None:
     Path("a.yaml").write_text("seed: 1\nn_envs: 8\ngamma: 0.5\n")
-    Path("b.yaml").write_text("n_envs: 4\n")
+    Path("b.yaml").write_text("n_envs: 16\n")
     params = train_params("--config", "a.yaml", "--config", "b.yaml", "--gamma", "0.75", "--net-arch", "[32]")
-    assert (params.seed, params.n_envs, params.gamma, params.net_arch) == (1, 4, 0.75, [32])
+    assert (params.seed, params.n_envs, params.gamma, params.net_arch) == (1, 16, 0.75, [32])
     assert params.gae_lambda == plain(Path("params.yaml"))["gae_lambda"]
 
 
 def test_show_tells_values_and_origins(params_here: Path) -> None:
-    Path("a.yaml").write_text("# a comment\nn_envs: 4\n")
+    Path("a.yaml").write_text("# a comment\nn_envs: 16\n")
     table = [re.split(r"  +", line) for line in show([Path("a.yaml")], {"seed": "7"}).splitlines()]
     rows = {key: (value, origin) for key, value, origin in table}
     line = next(i for i, text in enumerate(Path("params.yaml").read_text().splitlines(), 1) if text.startswith("gamma"))
-    assert rows["n_envs"] == ("4", "a.yaml:2")
+    assert rows["n_envs"] == ("16", "a.yaml:2")
     assert rows["seed"] == ("7", "--seed")
     assert rows["gamma"] == ("0.99", f"params.yaml:{line}")
     assert set(rows) == set(all_fields())

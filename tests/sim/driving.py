@@ -19,17 +19,17 @@ def follow_road(env: CarRacing, frame: int) -> Action:
     centres = np.array([(x, y) for _, _, x, y in env.track])
     assert env.car is not None
     nearest = int(np.argmin(np.linalg.norm(centres - env.car.hull.position, axis=1)))
-    return _drive_to(env, *centres[(nearest + 5) % len(centres)])
+    return drive_to(env, *centres[(nearest + 5) % len(centres)])
 
 
 def leave(env: CarRacing, frame: int) -> Action:
     """Away from the middle of the field, across the grass and over the edge."""
     assert env.car is not None
     x, y = env.car.hull.position
-    return _drive_to(env, 9 * x, 9 * y)
+    return drive_to(env, 9 * x, 9 * y)
 
 
-def _drive_to(env: CarRacing, x: float, y: float) -> Action:
+def drive_to(env: CarRacing, x: float, y: float) -> Action:
     """Towards a point, at about 50 units/s."""
     assert env.car is not None
     hull = env.car.hull

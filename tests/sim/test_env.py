@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipeline.sim.env import (
     Preprocess,
     Shaping,
     find_wrapper,
+    is_reversed,
     make_env,
     make_training_env,
     preprocess,
@@ -26,6 +28,7 @@ from pipeline.sim.env import (
     training_track,
 )
 from tests.conftest import ROOT
+from tests.sim.driving import drive_to
 
 Stock = tuple[Any, float, bool, bool, dict[str, Any]]
 OBSERVATION = ObservationParams(frame_skip=4, frames_stack=3, grayscale=True, resize=64, action_axes="steer_throttle")
@@ -159,7 +162,8 @@ def test_make_env_is_the_stock_game_step_for_step(axes: str) -> None:
 
 NO_SHAPING = {
     "grass_penalty": 0.0, "grass_limit": 0, "stall_limit": 0, "early_end_penalty": 0.0, "time_penalty": 0.0,
-    "steer_penalty": 0.0,
+    "steer_penalty": 0.0, "missed_tile_penalty": 0.0, "reverse_laps": 0.0,
+    "bootstrap_lap": False,
 }  # fmt: skip
 
 
@@ -251,6 +255,94 @@ def test_info_tells_the_stock_games_return(monkeypatch: pytest.MonkeyPatch) -> N
     assert episode["lap_finished"] == 0.0
 
 
+def lap(
+    env: Any, off_line: Callable[[int], float] = lambda frame: 0.0, frames: int = 1000, ahead: int = 5
+) -> tuple[list[Stock], set[int]]:
+    """Follow the road, ``off_line(frame)`` world units to the right of its middle, till the episode ends.
+
+    Returns the steps, and the tiles that were ever unvisited five tiles behind the foremost visited one.
+    """
+    game: Any = env.unwrapped
+    find_wrapper(env, gym.wrappers.TimeLimit)._max_episode_steps = frames + 1  # this driver is slow
+    steps: list[Stock] = []
+    missed: set[int] = set()
+    while game.frames < frames:
+        centres = np.array([(x, y, beta) for _, beta, x, y in game.track])
+        nearest = int(np.argmin(np.linalg.norm(centres[:, :2] - game.car.hull.position, axis=1)))
+        x, y, beta = centres[(nearest + ahead) % len(centres)]
+        away = off_line(game.frames)
+        steps.append(env.step(to_axes(drive_to(game, x + away * math.cos(beta), y + away * math.sin(beta)))))
+        front = max(tile.idx for tile in game.road if tile.road_visited)
+        missed |= {tile.idx for tile in game.road[: max(front - 5, 0)] if not tile.road_visited}
+        if steps[-1][2] or steps[-1][3]:
+            break
+    return steps, missed
+
+
+def to_axes(pedals: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.array([pedals[0], pedals[1] - pedals[2]], np.float32)
+
+
+def test_each_tile_left_behind_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drive round the outside of some tiles, against the game's own count of the tiles it visited."""
+    plain = make_training_env(train_params(monkeypatch, env_id="FastCarRacing-v3", **NO_SHAPING), 0)
+    costly = {**NO_SHAPING, "missed_tile_penalty": 7.0}
+    shaped = make_training_env(train_params(monkeypatch, env_id="FastCarRacing-v3", **costly), 0)
+    detour: Callable[[int], float] = lambda frame: 16.0 if 200 < frame < 330 else 0.0  # noqa: E731
+    drives = []
+    for env in (plain, shaped):
+        env.reset(seed=7)
+        steps, missed = lap(env, detour, 600)
+        drives.append(steps)
+    assert len(missed) > 3
+    assert sum(a[1] - b[1] for a, b in zip(*drives, strict=True)) == pytest.approx(7.0 * len(missed))
+
+
+@pytest.mark.parametrize(("bootstrap", "reverse"), [(True, False), (False, False), (True, True)])
+def test_a_lap_is_an_end_or_a_cut(bootstrap: bool, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = train_params(
+        monkeypatch, env_id="FastCarRacing-v3", **{**NO_SHAPING, "frame_skip": 1, "bootstrap_lap": bootstrap}
+    )
+    env = make_training_env(params, 0)
+    env.reset(seed=7, options={"reverse": reverse})
+    (*_, last), _ = lap(env, frames=2000, ahead=-5 if reverse else 5)
+    assert last[4]["lap_finished"]
+    assert (last[2], last[3]) == (not bootstrap, bootstrap)
+    assert last[4]["episode"]["missed_tiles"] == 0
+
+
+def test_a_lap_with_a_missed_tile_ends_where_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = make_training_env(
+        train_params(monkeypatch, env_id="FastCarRacing-v3", **{**NO_SHAPING, "frame_skip": 1, "bootstrap_lap": True}),
+        0,
+    )
+    env.reset(seed=7)
+    (*_, last), missed = lap(env, lambda frame: 16.0 if 200 < frame < 330 else 0.0, 4000)
+    game: Any = env.unwrapped
+    assert (last[2], last[3], last[4]["lap_finished"]) == (False, True, False)
+    assert last[4]["episode"]["missed_tiles"] == len(missed) > 3
+    assert any(tile.idx < 3 for wheel in game.car.wheels for tile in wheel.tiles)
+
+
+def test_a_reversed_lap_begins_at_the_same_place_the_other_way_round() -> None:
+    ours, theirs = gym.make("FastCarRacing-v3", disable_env_checker=True), stock()
+    picture, _ = ours.reset(seed=5, options={"reverse": True})
+    theirs.reset(seed=5)
+    game, other = (env.unwrapped for env in (ours, theirs))
+    assert math.remainder(game.car.hull.angle - other.car.hull.angle - math.pi, math.tau) == pytest.approx(0, abs=0.03)
+    assert tuple(game.car.hull.position) == pytest.approx(tuple(other.car.hull.position), abs=0.05)
+    assert (game.frames, game.t) == (0, other.t)
+    assert game.track == other.track
+    assert np.abs(picture.astype(float) - game.stock_picture()).mean() < 0.5
+    ours.reset(seed=5)  # and back
+    assert tuple(game.car.hull.position) == tuple(other.car.hull.position)
+
+
+def test_reversed_laps_are_a_share_of_the_tracks() -> None:
+    assert np.mean([is_reversed(track, 0.25) for track in range(4000)]) == pytest.approx(0.25, abs=0.03)
+    assert not any(is_reversed(track, 0.0) for track in range(100))
+
+
 # Tracks and replay
 
 
@@ -284,7 +376,7 @@ def test_an_environments_tracks_follow_from_seed_index_and_episode(monkeypatch: 
 @pytest.mark.parametrize("game", ["CarRacing-v3", "FastCarRacing-v3"])
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 30])
 def test_replay_equals_driving_there(game: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = train_params(monkeypatch, env_id=game)
+    params = train_params(monkeypatch, env_id=game, reverse_laps=float(length % 2))
     driven, replayed = make_training_env(params, 1), make_training_env(params, 1)
     actions = steering(length + 4)
     driven.reset()
