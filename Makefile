@@ -13,7 +13,7 @@ PORT ?= 5000
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro demo evaluate promote ui tensorboard test test-slow check lint types format clean
+.PHONY: help setup repro demo evaluate ship promote ui tensorboard test test-slow check lint types format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,10 @@ demo: setup ## Watch the shipped champion drive a track it has never seen: video
 
 evaluate: setup ## Score a policy file on the held-out tracks, as JSON. POLICY=models/best_model.safetensors
 	"$(BIN)/python" -m pipeline.evaluate --policy "$(POLICY)" --json -
+
+ship: setup ## Make POLICY the shipped champion: models/champion.safetensors in 16 bits, and its score
+	"$(BIN)/python" -m pipeline.ship --policy "$(POLICY)"
+	"$(BIN)/python" -m pipeline.evaluate --policy models/champion.safetensors --json models/champion.json
 
 promote: setup ## Register the policy; it becomes champion if it beats the present one
 	"$(BIN)/python" -m pipeline.promote

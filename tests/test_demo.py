@@ -8,12 +8,15 @@ from pathlib import Path
 
 import cv2
 import pytest
+import torch
+from safetensors import safe_open
 
 from pipeline import demo as command
 from pipeline.agent.policy import load
 from pipeline.config import FIRST_TRAINING_TRACK, PromoteParams
 from pipeline.demo import demo, new_track
 from pipeline.evaluation import drive
+from pipeline.ship import ship
 from pipeline.tracking.registry import sha256
 from pipeline.tracking.store import connect
 from tests.conftest import ROOT
@@ -38,6 +41,21 @@ def test_the_film_shows_the_drive_and_the_first_policy_becomes_champion(project:
     other = write_policy(Path("models/other.safetensors"), seed=4)
     assert "has a champion, version 1: nothing is registered" in demo(PARAMS, other, 20_001)
     assert len(connect().search_model_versions(f"name = '{PARAMS.registered_model}'")) == 1
+
+
+def test_the_shipped_policy_is_the_same_in_half_the_size(project: Path) -> None:
+    policy, champion = write_policy(Path("models/mine.safetensors"), seed=3), Path("models/champion.safetensors")
+    ship(policy, champion)
+    weights, rounded = (load(path).module.state_dict() for path in (policy, champion))
+    assert all(torch.equal(rounded[name], weights[name].half().float()) for name in weights)
+    assert load(champion).observation == load(policy).observation
+    sizes = [sum(w.numel() * w.element_size() for w in stored(path)) for path in (policy, champion)]
+    assert sizes[0] == 2 * sizes[1]
+
+
+def stored(path: Path) -> list[torch.Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 (not a dict)
 
 
 def test_a_new_track_is_one_that_nothing_was_done_with() -> None:

@@ -22,13 +22,15 @@ NETWORK = NetworkParams(
 PICTURES = spaces.Box(0, 255, (4, 84, 84), np.uint8)
 
 
-def softplus(x: float) -> float:
-    return float(np.log1p(np.exp(x)))
+def concentrations(logit: float, log_nu: float) -> tuple[float, float]:
+    """Alpha and beta of an action whose mode lies at the share 1 / (1 + exp(-logit)) of its range."""
+    share = 1 / (1 + np.exp(-logit))
+    return float(1 + np.exp(log_nu) * share), float(1 + np.exp(log_nu) * (1 - share))
 
 
 @pytest.fixture
 def raw() -> th.Tensor:
-    """(5, 4) outputs of the network's last layer: two axes, alpha of both before beta of both."""
+    """(5, 4) outputs of the network's last layer: two axes, place of both before sharpness of both."""
     return th.tensor(np.random.default_rng(0).normal(0, 2, (5, 4)), dtype=th.float32)
 
 
@@ -36,7 +38,7 @@ def raw() -> th.Tensor:
 def expected(raw: th.Tensor) -> list[list[stats.rv_continuous]]:
     """scipy's Beta of each sample and axis, stretched to [-1, 1]."""
     return [
-        [stats.beta(1 + softplus(row[axis]), 1 + softplus(row[2 + axis]), loc=-1, scale=2) for axis in (0, 1)]
+        [stats.beta(*concentrations(row[axis], row[2 + axis]), loc=-1, scale=2) for axis in (0, 1)]
         for row in raw.tolist()
     ]
 
@@ -64,8 +66,10 @@ def test_samples_follow_the_distribution_and_stay_inside(raw: th.Tensor) -> None
     samples = head.sample().numpy()
     assert np.abs(samples).max() < 1
     for axis in (0, 1):
-        alpha, beta = (1 + softplus(float(raw[0, axis + shift])) for shift in (0, 2))
+        alpha, beta = concentrations(float(raw[0, axis]), float(raw[0, 2 + axis]))
         assert stats.kstest(samples[:, axis], stats.beta(alpha, beta, loc=-1, scale=2).cdf).pvalue > 0.01
+        mode = 2 * (alpha - 1) / (alpha + beta - 2) - 1
+        assert mode == pytest.approx(np.tanh(float(raw[0, axis]) / 2), abs=1e-5)  # the logit is the mode's
 
 
 @pytest.mark.parametrize("extreme", [-60.0, 0.0, 60.0])
@@ -143,6 +147,6 @@ def test_initial_beta_actions_are_moderate_and_wide() -> None:
     with th.no_grad():
         head = module.get_distribution(seen)
     assert float(head.mode().abs().max()) < 0.1
-    # Beta(1 + log 2, 1 + log 2), stretched by 2: the standard deviation of an undecided driver
-    concentration = 1 + np.log(2)
+    # Beta(1.5, 1.5), stretched by 2: the standard deviation of an undecided driver
+    concentration = 1.5
     assert float(head.distribution.stddev.mean()) * 2 == pytest.approx(1 / np.sqrt(2 * concentration + 1), rel=0.02)
