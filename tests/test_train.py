@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from pipeline.config import TrainParams, load
+
 ROOT = Path(__file__).parent.parent
 SMALL = {
     "n_envs": 4,
@@ -88,7 +90,7 @@ def test_a_training_leaves_what_it_promises(trainer: Path) -> None:
     assert re.search(r"on cpu , \w+, 1 torch threads, 4 environments in 2 workers", output)
     assert run.info.status == "FINISHED"
     assert run.data.params["n_epochs"] == "2"
-    assert run.data.params["cnn_channels"] == "[16, 32, 32]"
+    assert run.data.params["cnn_channels"] == str(load(TrainParams).cnn_channels)
     assert figures["agent_steps"] == 1024
     assert figures["frames"] == 4096
     assert figures["final_mean_reward"] == run.data.metrics["eval/mean_reward"]
