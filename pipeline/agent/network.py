@@ -120,7 +120,12 @@ class BetaDistribution(Distribution):
 
 
 class DrivingNetwork(ActorCriticCnnPolicy):
-    """SB3's actor-critic over :class:`ConvFeatures`, with a Beta head as one more choice of distribution."""
+    """SB3's actor-critic over :class:`ConvFeatures`, with a Beta head as one more choice of distribution.
+
+    With ``state_size`` it has a second critic, which reads the simulator's state instead of the picture and which only
+    the training asks (Pinto et al. 2017, "Asymmetric actor critic for image-based robot learning"): what the picture
+    hides is no noise in its advantages. The first one goes on learning from the same returns.
+    """
 
     def __init__(
         self,
@@ -128,15 +133,18 @@ class DrivingNetwork(ActorCriticCnnPolicy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         action_head: Literal["beta", "gaussian", "gsde"] = "beta",
+        state_size: int = 0,
         **kwargs: Any,
     ) -> None:
-        self.action_head = action_head
+        self.action_head, self.state_size = action_head, state_size
         kwargs["use_sde"] = action_head == "gsde"  # PPO passes its own, equal, value
         super().__init__(observation_space, action_space, lr_schedule, normalize_images=False, **kwargs)
         # Not earlier: orthogonal initialisation needs contiguous weights.
         self.to(memory_format=th.channels_last)  # type: ignore[call-overload]
 
     def _build(self, lr_schedule: Schedule) -> None:
+        if self.state_size:
+            self.state_critic = state_critic(self.state_size)
         if self.action_head != "beta":
             super()._build(lr_schedule)
             return
@@ -169,6 +177,14 @@ class DrivingNetwork(ActorCriticCnnPolicy):
     def predict_values(self, obs: Any) -> th.Tensor:
         """(n, 1) values at observations (n, c, h, w) uint8."""
         return self.value_net(self.mlp_extractor.forward_critic(self.extract_features(obs)))  # type: ignore[no-any-return]
+
+
+def state_critic(state_size: int, width: int = 256) -> nn.Sequential:
+    """The training's critic: (n, state_size) float32 -> (n, 1)."""
+    layers = nn.Linear(state_size, width), nn.Linear(width, width), nn.Linear(width, 1)
+    for layer, gain in zip(layers, (2**0.5, 2**0.5, 1.0), strict=True):
+        ActorCriticCnnPolicy.init_weights(layer, gain)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
 
 def network_kwargs(network: NetworkParams, dtype: th.dtype = th.float32) -> dict[str, Any]:

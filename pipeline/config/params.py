@@ -144,6 +144,9 @@ class TrainParams(ObservationParams, NetworkParams):
     gae_lambda: Probability = Field(description="GAE's bias-variance factor")
     clip_range: Positive = Field(le=1, description="PPO's clip of the probability ratio")
     ent_coef: float = Field(ge=0, le=1, description="weight of the entropy bonus")
+    privileged_critic: bool = Field(
+        description="advantages from a critic that reads the simulator's state; the policy sees pictures alone"
+    )
     vf_coef: float = Field(ge=0, le=10, description="weight of the value loss")
     max_grad_norm: Positive = Field(le=1000, description="gradient norm is clipped to this")
     reward_clip: float = Field(ge=0, le=1000, description="training reward is clipped to +- this; 0 = not clipped")
