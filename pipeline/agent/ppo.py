@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from pipeline.agent.hardware import choose_device, choose_dtype
-from pipeline.agent.network import DrivingNetwork, network_kwargs
+from pipeline.agent.network import DrivingNetwork, fold, network_kwargs
 from pipeline.agent.reward import RewardScaler
 from pipeline.config import TrainParams, cores
 from pipeline.sim.driving_state import KEY as STATE
@@ -36,10 +36,9 @@ UPDATE_STATISTICS = (
 
 
 class Rollout(NamedTuple):
-    """What an update needs of n decisions: observations (n, h, w, c) uint8, states (n, state_size), actions
-    (n, action_dim), the rest (n,).
+    """What an update needs of n decisions: observations (n, h // 4, w // 4, 16 c) uint8, the rest (n, ...) float32.
 
-    Channels are last in memory, as the convolutions want them: transposed once a rollout, not once a minibatch.
+    Observations lie as the convolutions want them: folded once a rollout, not once a minibatch.
     """
 
     observations: th.Tensor
@@ -50,9 +49,8 @@ class Rollout(NamedTuple):
     returns: th.Tensor
 
     def pick(self, rows: th.Tensor) -> Rollout:
-        """The decisions at these rows, with observations (n, c, h, w)."""
-        observations, *rest = (tensor.index_select(0, rows) for tensor in self)  # 18 times as fast as tensor[rows]
-        return Rollout(observations.permute(0, 3, 1, 2), *rest)
+        """The decisions at these rows."""
+        return Rollout(*(tensor.index_select(0, rows) for tensor in self))  # 18 times as fast as tensor[rows]
 
 
 class DrivingPPO(PPO):
@@ -233,7 +231,7 @@ class DrivingPPO(PPO):
             return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
         return Rollout(
-            flat(buffer.observations).permute(0, 2, 3, 1).contiguous(), flat(self.states[:-1]), flat(buffer.actions),
+            fold(flat(buffer.observations)), flat(self.states[:-1]), flat(buffer.actions),
             flat(buffer.log_probs), flat(buffer.advantages), flat(buffer.returns),
         )  # fmt: skip
 
