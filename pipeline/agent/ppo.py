@@ -33,6 +33,7 @@ NO_STATE = np.zeros(0, np.float32)
 UPDATE_STATISTICS = (
     "policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "loss"
 )  # fmt: skip
+APPROX_KL = UPDATE_STATISTICS.index("approx_kl")
 
 
 class Rollout(NamedTuple):
@@ -202,25 +203,36 @@ class DrivingPPO(PPO):
         return callback.on_step()
 
     def train(self) -> None:
-        """Improve the policy on the rollout: ``n_epochs`` passes in shuffled minibatches.
+        """Improve the policy on the rollout: ``n_epochs`` passes in shuffled minibatches, fewer beyond ``target_kl``.
 
-        The losses are SB3's. What differs is the way of the data: minibatches are picked from one uint8 tensor that
-        lies as the convolutions want it, and numbers for the log stay on the device until the end.
+        The losses and the limit are SB3's. What differs is the way of the data: minibatches are picked from one uint8
+        tensor that lies as the convolutions want it, and numbers for the log stay on the device until the end.
         """
         self.policy.set_training_mode(True)
         th.set_num_threads(self.update_threads)
         self._update_learning_rate(self.policy.optimizer)
         clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         data = self._flat_rollout()
-        size = len(data.advantages)
         statistics: list[th.Tensor] = []
         for _ in range(self.n_epochs):
-            order = th.from_numpy(self.generator.permutation(size)).to(self.device)
-            for start in range(0, size, self.batch_size):
-                batch = data.pick(order[start : start + self.batch_size])
-                statistics.append(self._gradient_step(batch, clip_range))
+            near = self._pass_over(data, clip_range, statistics)
             self._n_updates += 1
+            if not near:
+                break
         self._record_update(th.stack(statistics).mean(dim=0).tolist(), clip_range)
+
+    def _pass_over(self, data: Rollout, clip_range: float, statistics: list[th.Tensor]) -> bool:
+        """One pass; adds each minibatch's statistics. Returns False if it ended early, beyond ``target_kl``."""
+        size = len(data.advantages)
+        order = th.from_numpy(self.generator.permutation(size)).to(self.device)
+        for start in range(0, size, self.batch_size):
+            batch = data.pick(order[start : start + self.batch_size])
+            loss, numbers = self._loss(batch, clip_range)
+            statistics.append(numbers)
+            if self.target_kl is not None and numbers[APPROX_KL] > 1.5 * self.target_kl:
+                return False
+            self._descend(loss, batch)
+        return True
 
     def _flat_rollout(self) -> Rollout:
         buffer = self.rollout_buffer
@@ -235,8 +247,8 @@ class DrivingPPO(PPO):
             flat(buffer.log_probs), flat(buffer.advantages), flat(buffer.returns),
         )  # fmt: skip
 
-    def _gradient_step(self, batch: Rollout, clip_range: float) -> th.Tensor:
-        """One minibatch; returns policy loss, value loss, entropy loss, approximate KL, clipped share, loss."""
+    def _loss(self, batch: Rollout, clip_range: float) -> tuple[th.Tensor, th.Tensor]:
+        """PPO's loss on a minibatch, and its ``UPDATE_STATISTICS``."""
         values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, batch.actions)
         advantages = batch.advantages
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -247,6 +259,14 @@ class DrivingPPO(PPO):
         value_loss = nn.functional.mse_loss(values.flatten(), batch.returns)
         entropy_loss = log_prob.mean() if entropy is None else -entropy.mean()
         loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+        with th.no_grad():
+            approx_kl = ((ratio - 1) - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
+            clip_fraction = ((ratio - 1).abs() > clip_range).float().mean()
+            numbers = th.stack([policy_loss, value_loss, entropy_loss, approx_kl, clip_fraction, loss])
+        return loss, numbers
+
+    def _descend(self, loss: th.Tensor, batch: Rollout) -> None:
+        """One step of the optimizer; gradients of the policy and of the state critic are clipped each by itself."""
         self.policy.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
@@ -256,10 +276,6 @@ class DrivingPPO(PPO):
             critic_loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(critic.parameters(), self.max_grad_norm)
         self.policy.optimizer.step()
-        with th.no_grad():
-            approx_kl = ((ratio - 1) - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
-            clip_fraction = ((ratio - 1).abs() > clip_range).float().mean()
-            return th.stack([policy_loss, value_loss, entropy_loss, approx_kl, clip_fraction, loss]).detach()
 
     def _record_update(self, means: list[float], clip_range: float) -> None:
         """Log what SB3 logs of an update, under its names."""
@@ -321,6 +337,7 @@ def build_model(params: TrainParams, env: SharedMemoryVecEnv) -> DrivingPPO:
         ent_coef=params.ent_coef,
         vf_coef=params.vf_coef,
         max_grad_norm=params.max_grad_norm,
+        target_kl=params.target_kl or None,
         use_sde=params.action_head == "gsde",
         sde_sample_freq=params.sde_sample_freq,
         policy_kwargs={

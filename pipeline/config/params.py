@@ -143,6 +143,9 @@ class TrainParams(ObservationParams, NetworkParams):
     gamma: Probability = Field(description="discount per decision")
     gae_lambda: Probability = Field(description="GAE's bias-variance factor")
     clip_range: Positive = Field(le=1, description="PPO's clip of the probability ratio")
+    target_kl: float = Field(
+        ge=0, le=10, description="an update stops when the policy has moved so far (KL, nats); 0 = no limit"
+    )
     ent_coef: float = Field(ge=0, le=1, description="weight of the entropy bonus")
     privileged_critic: bool = Field(
         description="advantages from a critic that reads the simulator's state; the policy sees pictures alone"

@@ -134,15 +134,21 @@ def assert_gae(model: DrivingPPO, last: np.ndarray) -> None:
         np.testing.assert_allclose(buffer.advantages[t], total, rtol=1e-3, atol=1e-4)
 
 
-def test_update_is_stable_baselines3s() -> None:
-    """One batch is the whole rollout, so shuffling decides nothing but the order of sums."""
-    ours = build(parameters())
+@pytest.mark.parametrize(("target_kl", "passes"), [(0.0, 2), (1e-7, 2), (10.0, 2)])
+def test_update_is_stable_baselines3s(target_kl: float, passes: int) -> None:
+    """One batch is the whole rollout, so shuffling decides nothing but the order of sums.
+
+    With a tiny ``target_kl`` the second pass stops before its step: the first has moved the policy too far.
+    """
+    ours = build(parameters(target_kl=target_kl))
     _, callback = ours._setup_learn(N_ENVS * N_STEPS, CallbackList([]))
     ours.collect_rollouts(ours.env, callback, ours.rollout_buffer, N_STEPS)
     before = copy.deepcopy(ours.policy.state_dict())
     buffer = copy.deepcopy(ours.rollout_buffer)
 
     ours.train()
+    assert ours._n_updates == passes
+    assert ours.policy.optimizer.state[ours.policy.value_net.bias]["step"] == (1 if target_kl == 1e-7 else 2)
     by_us = copy.deepcopy(ours.policy.state_dict())
     ours.policy.load_state_dict(before)
     ours.policy.optimizer.state.clear()
