@@ -20,7 +20,6 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
 
     Scores never see this wrapper. At its end an episode tells ``info["episode"]``: the game's own return ``r``, its
     length ``l`` in decisions (SB3's names), and what explains them.
-    Speeds are in world units/s, so ``speed / 50`` is the way of one frame at 50 frames/s.
     """
 
     def __init__(self, env: gym.Env[Any, Any], params: TrainParams) -> None:
@@ -81,7 +80,7 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
         self._missed += self._newly_missed()
         return (
             params.missed_tile_penalty * (self._missed - missed)
-            + params.grass_penalty * off_road * car.speed() / 50 * frames
+            + params.grass_penalty * off_road * frames  # not by distance: standing on the grass would be free
             + params.time_penalty * frames
             + params.steer_penalty * steer_change**2
         )
