@@ -83,7 +83,8 @@ class Interrupts:
             self._ending = True
             raise SystemExit(128 + self._number)
         if not self._number:
-            print(f"\n{signal.Signals(number).name}: stopping at the next safe moment", file=sys.stderr)
+            # Not by print(), which this may have interrupted.
+            os.write(2, f"\n{signal.Signals(number).name}: stopping at the next safe moment\n".encode())
             self.request(number)
         elif number == signal.SIGINT:
             os._exit(128 + number)  # the workers notice and end, the last state stays; `sync` ends the run in MLflow

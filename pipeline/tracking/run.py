@@ -112,6 +112,11 @@ class Run:
         """Log one batch of metrics."""
         self.spool.metrics({key: float(value) for key, value in values.items()}, step)
 
+    def series(self, key: str, values: Sequence[float]) -> None:
+        """Log a curve that MLflow draws, and lays over those of other runs: step 1 is the first value."""
+        for step, value in enumerate(values, start=1):
+            self.metrics({key: value}, step)
+
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
         self.spool.put({"tags": dict(tags)})

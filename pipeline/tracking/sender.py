@@ -13,6 +13,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, InputTag, Metric
 from mlflow.entities.dataset import Dataset
+from PIL import Image
 
 from pipeline.tracking import spool as spools
 from pipeline.tracking.spool import Spool
@@ -107,11 +108,22 @@ def _send_inputs(client: MlflowClient, run_id: str, beside: Path, entries: Entri
 
 def _send_artifacts(client: MlflowClient, run_id: str, beside: Path, entries: Entries) -> None:
     for e in entries:
-        file = beside / e["artifact"]
-        if file.exists():
+        if file := _still_there(beside / e["artifact"]):
             client.log_artifact(run_id, str(file), e["folder"] or None)
-        else:  # what comes after it must not wait for ever
-            log.warning("%s was deleted before it could be sent to MLflow; left out", e["artifact"])
+
+
+def _send_images(client: MlflowClient, run_id: str, beside: Path, entries: Entries) -> None:
+    for e in entries:
+        if file := _still_there(beside / e["image"]):
+            with Image.open(file) as picture:
+                client.log_image(run_id, picture, key=e["key"], step=e["step"], timestamp=e["time"])
+
+
+def _still_there(file: Path) -> Path | None:
+    if file.exists():
+        return file
+    log.warning("%s was deleted before it could be sent to MLflow; left out", file)  # what comes after it must not wait
+    return None
 
 
 def _send_status(client: MlflowClient, run_id: str, beside: Path, entries: Entries) -> None:
@@ -128,6 +140,7 @@ _SENDERS: dict[str, Callable[[MlflowClient, str, Path, Entries], None]] = {
     "tags": _send_tags,
     "inputs": _send_inputs,
     "artifact": _send_artifacts,
+    "image": _send_images,
     "status": _send_status,
     "": _nothing,
 }

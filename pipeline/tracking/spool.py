@@ -54,11 +54,16 @@ class Spool:
 
     def artifact(self, path: Path, folder: str) -> None:
         """Append a file to upload; until it is sent it must stay where it is, beside the spool or anywhere."""
-        place = path.resolve()
-        beside = self.path.parent.resolve()
-        self.put(
-            {"artifact": str(place.relative_to(beside) if place.is_relative_to(beside) else place), "folder": folder}
-        )
+        self.put({"artifact": self._place(path), "folder": folder})
+
+    def image(self, path: Path, key: str, step: int) -> None:
+        """Append a picture; those of one key get a step slider. It must stay where it is until it is sent."""
+        self.put({"image": self._place(path), "key": key, "step": step, "time": now()})
+
+    def _place(self, path: Path) -> str:
+        """A file's place as seen from the spool, so that the folder can be moved."""
+        place, beside = path.resolve(), self.path.parent.resolve()
+        return str(place.relative_to(beside) if place.is_relative_to(beside) else place)
 
     def put(self, entry: Mapping[str, Any]) -> None:
         """Append any entry that :func:`pipeline.tracking.sender.send` understands."""

@@ -40,7 +40,7 @@ class SystemMetrics:
 
     def _run(self) -> None:
         monitors = _monitors()
-        with suppress(OSError):  # the disk is full: the training will tell
+        with suppress(OSError, ValueError):  # the disk is full, which the training will tell; the spool is closed
             while not self._over.wait(self._interval):
                 self._sample(monitors)
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 from stable_baselines3.common.logger import Logger
 
 from pipeline.tracking.sender import Sender, send
@@ -170,6 +171,23 @@ def test_files_are_uploaded_and_a_deleted_one_holds_nothing_up(project: Path):
     send(client, spool.path)
     assert [file.path for file in client.list_artifacts(run.id, "checkpoints")] == ["checkpoints/kept.txt"]
     assert history(client, run.id, "k0") == [(1, 1.0)]
+
+
+def test_pictures_and_curves_get_their_steps(project: Path):
+    run, client = begun(), connect()
+    for step in (100, 200):
+        Image.new("RGB", (3, 2), (step, 0, 0)).save(project / f"{step}.png")
+        run.spool.image(project / f"{step}.png", "filmstrip", step)
+    run.spool.image(project / "gone.png", "filmstrip", 300)
+    run.series("by_rank", [3.0, 5.0])
+    run.flush()
+    names = [Path(artifact.path).name for artifact in client.list_artifacts(run.id, "images")]
+    # What MLflow's page reads the steps off: key, step, time and a number, divided by +.
+    assert sorted(name.split("+")[:3] for name in names if name.endswith(".png")) == [
+        ["filmstrip", "step", "100"],
+        ["filmstrip", "step", "200"],
+    ]
+    assert history(client, run.id, "by_rank") == [(1, 3.0), (2, 5.0)]
 
 
 KILLED = """
