@@ -8,6 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 STAMP := $(VENV)/.requirements-installed
 POLICY ?= models/best_model.safetensors
 PORT ?= 5000
+CHAOS ?= full
 
 # The stages in dvc.yaml say `python`, which must be the environment's.
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -51,7 +52,10 @@ promote: setup ## Register the policy; it becomes champion if it beats the prese
 	"$(BIN)/python" -m pipeline.promote
 
 ui: setup ## MLflow's pages: runs, films, registry. PORT=5000
-	"$(BIN)/mlflow" ui --host 127.0.0.1 --port "$(PORT)"
+	@# A page elsewhere must not reach it under another name (DNS rebinding), nor anybody start jobs on this machine.
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false "$(BIN)/mlflow" ui --host 127.0.0.1 --port "$(PORT)" \
+		--allowed-hosts "127.0.0.1:$(PORT),localhost:$(PORT)" \
+		--cors-allowed-origins "http://127.0.0.1:$(PORT),http://localhost:$(PORT)"
 
 tensorboard: setup ## Curves of all runs
 	"$(BIN)/tensorboard" --logdir runs --host 127.0.0.1
@@ -74,6 +78,20 @@ test: setup ## Tests, the slow ones excepted
 
 test-slow: setup ## The slow tests alone: minutes
 	"$(BIN)/python" -m pytest -m slow
+
+chaos: setup ## Kill, starve and damage trainings; hours. CHAOS=short: minutes. ARGS="-k sigkill": one row
+	CHAOS="$(CHAOS)" "$(BIN)/python" -m pytest tests/chaos -m chaos $(ARGS)
+
+audit: .venv-audit/.requirements-installed ## Known vulnerabilities of the pinned packages; needs pypi.org
+	.venv-audit/bin/python .ci/audit.py
+
+.venv-audit/.requirements-installed: requirements-audit.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.13 found; set PYTHON=/path/to/python3" >&2; exit 2; }
+	"$(PYTHON)" -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-audit.txt
+	@touch $@
+
+.PHONY: chaos audit
 
 check: lint types test ## All that must pass before a commit
 

@@ -40,7 +40,7 @@ def evaluate(params: EvaluateParams, policy: Path = POLICY) -> dict[str, float]:
     from pipeline.media import charts
     from pipeline.tracking.run import Run
 
-    run = Run.attach("evaluate")  # before the driving: a store that is away is told at once
+    run = Run.attach("evaluate")  # before the driving: without a run there is nothing to add to
     episodes = drive_tracks(params, policy)
     figures = summarize(episodes, params.bootstrap_samples)
     METRICS.parent.mkdir(exist_ok=True)
@@ -55,11 +55,12 @@ def evaluate(params: EvaluateParams, policy: Path = POLICY) -> dict[str, float]:
         [e.lap_finished for e in episodes],
         LAPS_PICTURE,
     )
-    run.metrics({f"evaluate/{key}": value for key, value in figures.items()})
-    run.track_set([e.track for e in episodes], "test", "test")
-    run.table([asdict(e) for e in episodes], "evaluate/tracks.json")
-    for path in (RETURNS_PICTURE, LAPS_PICTURE):
-        run.artifact(path, "plots")
+    with run:
+        run.metrics({f"evaluate/{key}": value for key, value in figures.items()})
+        run.track_set([e.track for e in episodes], "test", "test")
+        run.table([asdict(e) for e in episodes], "evaluate/tracks.json")
+        for path in (RETURNS_PICTURE, LAPS_PICTURE):
+            run.artifact(path, "plots")
     return figures
 
 

@@ -84,8 +84,14 @@ class Evaluator:
     def __enter__(self) -> Evaluator:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if kind is not None:  # a track takes seconds, and nobody waits for it any more
+            for process in self._processes():
+                process.kill()
         self.close()
+
+    def _processes(self) -> list[Any]:
+        return list((self._pool._processes or {}).values())  # kill_workers() comes with Python 3.14
 
     def close(self) -> None:
         """Stop the workers; tracks not begun are dropped."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Parser, PromoteParams, fail, parse_args, track_list
 
@@ -140,17 +140,18 @@ def register(registry: Registry, policy: Path, params: PromoteParams, episodes: 
         "gymnasium": version("gymnasium"),
     }
     observation, _ = spaces_of(load(policy).observation)
-    return registry.register(policy, observation.shape, run_of(policy), tags)
+    return registry.register(policy, observation.shape, run_of(registry.client, policy), tags)
 
 
-def run_of(policy: Path) -> str | None:
+def run_of(client: Any, policy: Path) -> str | None:
     """The MLflow run that produced a policy file: the pipeline's, if the pipeline's best policy is the same file."""
     from pipeline.tracking.registry import sha256
-    from pipeline.tracking.run import RUN_ID_FILE, Run
+    from pipeline.tracking.run import RUN_ID_FILE, read_run_id
+    from pipeline.tracking.stored import known_or_restored
 
     if not (RUN_ID_FILE.exists() and POLICY.exists() and sha256(POLICY) == sha256(policy)):
         return None
-    return Run.attach("promote").id
+    return known_or_restored(client, read_run_id(), "promote")
 
 
 def decide(

@@ -59,14 +59,14 @@ def record(params: RecordParams, policy_path: Path = POLICY) -> dict[str, Any]:
         camera = film_evaluated(policy, episode, path, params.video_fps, f"{rank} of the evaluated tracks")
         if rank == params.video_tracks[0]:
             publish_stills(camera.stills, params.gif_seconds)
-        run.artifact(path, "videos")
         figures[rank] = {"track": episode.track, "episode_return": episode.episode_return, "frames": episode.frames}
         log.info("%s: track %d, %.1f, %s", rank, episode.track, episode.episode_return, path)
     draw_drive(camera, rank, episode)  # the last one asked for, by default the worst: there is most to see
-    for picture in (GIF, STRIP):
-        run.artifact(picture, "videos")
-    for picture in (MAP, ACTIONS):
-        run.artifact(picture, "plots")
+    with run:
+        for film in (*(FILMS / f"{rank}.mp4" for rank in figures), GIF, STRIP):
+            run.artifact(film, "videos")
+        for picture in (MAP, ACTIONS):
+            run.artifact(picture, "plots")
     METRICS.write_text(json.dumps(figures, indent=2) + "\n")
     return figures
 

@@ -15,6 +15,7 @@ import torch as th
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 
+from pipeline import durable
 from pipeline.agent import checkpoint, policy
 from pipeline.agent.callbacks import EpisodeStatistics, EveryRollout, Periodic, Progress
 from pipeline.agent.checkpoint import State
@@ -71,8 +72,9 @@ class Session:
         )
 
     def save_state_sometimes(self) -> None:
-        """Save the state if the last one is older than ``STATE_SECONDS``."""
-        if time.monotonic() - self._state_saved >= STATE_SECONDS:
+        """Save the state if the last one is older than ``STATE_SECONDS``, or if the policy has just become the best."""
+        is_best = self.best.get("agent_steps") == self.model.num_timesteps
+        if is_best or time.monotonic() - self._state_saved >= STATE_SECONDS:
             self.save_state()
 
     def save_state(self) -> None:
@@ -86,7 +88,10 @@ class Session:
             "last_validation": self.validations.last,
             "last_checkpoint": self.checkpoints.last,
         }
-        checkpoint.publish(self.folder / "checkpoints", checkpoint.capture(self.model, extra))
+        self.spool.sync()  # a resumed training does not say again what it said before this state
+        best = self.best.get("agent_steps")
+        state = checkpoint.capture(self.model, extra)
+        checkpoint.publish(self.folder / "checkpoints", state, None if best is None else int(best))
         self._state_saved = time.monotonic()
 
     def resume(self, state: State, run: Run) -> None:
@@ -97,6 +102,9 @@ class Session:
         self.statistics.episodes.extend(extra["statistics"])
         self.validations.last, self.checkpoints.last = extra["last_validation"], extra["last_checkpoint"]
         self._began -= extra["seconds"]
+        for later in self._best_policies():  # of the time between this state and the end of that process
+            if later > self._best_policy(self.model.num_timesteps):
+                later.unlink()
         exact = state.header["machine"] == here
         run.tags({"resumed": "exact" if exact else f"statistical: {state.header['machine']} -> {here}"})
         log.info("resumed at %s steps%s", f"{self.model.num_timesteps:,}", "" if exact else " (on another machine)")
@@ -124,17 +132,31 @@ class Session:
             "min_reward": figures["min"],
             "laps_finished": figures["laps_finished"],
         }
+        # By a logger of its own: the model's holds the last update's figures, which belong to the next rollout's step.
+        logger = Logger(None, self.model.logger.output_formats)
         for key, value in logged.items():
-            self.model.logger.record(f"eval/{key}", value)
+            logger.record(f"eval/{key}", value)
         # Steady beats fast: a mean that hides a lost track is not chosen.
         score = figures["mean"] - 0.5 * figures["std"]
         if score > self.best["score"]:
             self.best = {"score": score, **logged, "agent_steps": steps}
-            shutil.copyfile(path, self.folder / "best_model.safetensors")
-        self.model.logger.record("best/mean_reward", self.best["mean_reward"])
-        self.model.logger.dump(steps)
+            self._keep_best(path, steps)
+        logger.record("best/mean_reward", self.best["mean_reward"])
+        logger.dump(steps)
         self._remember(steps, figures)
         log.info("validation at %s steps: %.1f +- %.1f", f"{steps:,}", figures["mean"], figures["std"])
+
+    def _keep_best(self, path: Path, steps: int) -> None:
+        """Keep a policy under its number of steps, by which a state finds the one that was the best in its time."""
+        durable.publish(self._best_policy(steps), path.read_bytes())
+        for old in self._best_policies()[checkpoint.KEPT + 1 :]:  # as many as there are states
+            old.unlink()
+
+    def _best_policy(self, steps: int) -> Path:
+        return self.folder / "checkpoints" / f"best_{steps:012}.safetensors"
+
+    def _best_policies(self) -> list[Path]:
+        return sorted((self.folder / "checkpoints").glob("best_*.safetensors"), reverse=True)
 
     def _remember(self, steps: int, figures: Mapping[str, float]) -> None:
         episodes = self.model.ep_info_buffer or ()
@@ -153,7 +175,9 @@ class Session:
     def publish(self) -> dict[str, float]:
         """Write the stage's outputs, and hand them to MLflow: best and final policy, curves, ``metrics/train.json``."""
         self.save(FINAL)
-        shutil.copyfile(self.folder / BEST.name, BEST)
+        best = self._best_policy(int(self.best["agent_steps"])).read_bytes()
+        for place in (BEST, self.folder / BEST.name):
+            durable.publish(place, best)
         shutil.copyfile(FINAL, self.folder / FINAL.name)  # what is sent to MLflow must outlive the next training
         CURVE.parent.mkdir(exist_ok=True)
         pd.DataFrame(self.history).drop(columns="seconds").to_csv(CURVE, index=False)
@@ -174,7 +198,7 @@ class Session:
             "minutes_to_900": round(solved[0], 2) if solved else -1.0,
         }
         METRICS.parent.mkdir(exist_ok=True)
-        METRICS.write_text(json.dumps(figures, indent=2) + "\n")
+        durable.publish(METRICS, (json.dumps(figures, indent=2) + "\n").encode())
         self.spool.metrics({f"best/{k}": v for k, v in self.best.items()}, step=int(self.best["agent_steps"]))
         for path, where in ((BEST, "models"), (FINAL, "models"), (CURVE_PICTURE, "plots"), (Path(LOG), "")):
             self.spool.artifact(self.folder / path.name, where)

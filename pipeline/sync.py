@@ -16,12 +16,9 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.config import ConfigError, Parser, TrainParams, fail, load, project_root
-
-if TYPE_CHECKING:
-    from pipeline.tracking.run import Run
 
 log = logging.getLogger("pipeline.sync")
 
@@ -45,15 +42,18 @@ class Experiment:
     run_id: str
 
 
-def send_spools(client: Any, folder: Path) -> None:
-    """Send what is left in the spools of all run folders; one that can't be sent does not hold up the others."""
-    from pipeline.tracking.spool import send
+def send_spools(client: Any, *folders: Path) -> None:
+    """Send what is left in all spools below the folders; one that can't be sent does not hold up the others."""
+    from pipeline.tracking.run import discard_sent
+    from pipeline.tracking.sender import send
+    from pipeline.tracking.spool import SPOOLS
     from pipeline.tracking.store import first_line
 
-    for spool in sorted(folder.glob("**/spool-*.jsonl")):
+    for spool in [path for folder in folders for path in sorted(folder.glob(f"**/{SPOOLS}"))]:
         try:
             if count := send(client, spool):
                 log.info("sent %d entries of %s", count, spool)
+            discard_sent(spool)
         except Exception as error:  # a deleted run, an unknown one, a server that went away again
             log.warning("%s can't be sent and stays: %s", spool, first_line(error))
 
@@ -89,17 +89,18 @@ def tie(client: Any, found: Sequence[Experiment]) -> list[tuple[str, ...]]:
 
     Experiments share a run where DVC took ``train`` from its cache.
     """
-    from pipeline.tracking.run import Run
+    from pipeline.tracking.stored import RESTORED_FROM, known_or_restored, log_tags
 
     rows: list[tuple[str, ...]] = []
-    for run_id in dict.fromkeys(experiment.run_id for experiment in found):
-        group = [experiment for experiment in found if experiment.run_id == run_id]
-        run = Run.known_or_restored(client, run_id, group[0].name)
-        fill_if_restored(run, group[-1].rev)
+    for known_as in dict.fromkeys(experiment.run_id for experiment in found):
+        group = [experiment for experiment in found if experiment.run_id == known_as]
+        run_id = known_or_restored(client, known_as, group[0].name)
+        fill_if_restored(client, run_id, group[-1].rev)
         names, revs = ", ".join(e.name for e in group), ", ".join(e.rev for e in group)
-        run.tags({"dvc.experiment": names, "dvc.experiment_rev": revs})
-        status = client.get_run(run.id).info.status + ("" if run.id == run_id else ", restored")
-        rows += [(e.name, run.id, status, evaluated_mean(e)) for e in group]
+        log_tags(client, run_id, {"dvc.experiment": names, "dvc.experiment_rev": revs})
+        run = client.get_run(run_id)
+        status = run.info.status + (", restored" if RESTORED_FROM in run.data.tags else "")
+        rows += [(e.name, run_id, status, evaluated_mean(e)) for e in group]
     return rows
 
 
@@ -109,20 +110,20 @@ def evaluated_mean(experiment: Experiment) -> str:
     return "-" if mean is None else f"{mean:.2f}"
 
 
-def fill_if_restored(run: Run, rev: str) -> None:
+def fill_if_restored(client: Any, run_id: str, rev: str) -> None:
     """Give a restored run the parameters and final metrics of a commit that it doesn't have yet."""
     from ruamel.yaml import YAML
 
-    from pipeline.tracking.run import RESTORED_FROM
+    from pipeline.tracking.stored import RESTORED_FROM, log_metrics, log_params
 
-    data = run.client.get_run(run.id).data
+    data = client.get_run(run_id).data
     if RESTORED_FROM not in data.tags:
         return
     params = YAML(typ="safe", pure=True).load(git("show", f"{rev}:./params.yaml")) or {}
-    run.params({key: value for key, value in params.items() if key not in data.params})
+    log_params(client, run_id, {key: value for key, value in params.items() if key not in data.params})
     for stage, path in SCORES.items():
         figures = {f"{stage}/{key}": value for key, value in read_json(rev, path).items()}
-        run.metrics({key: value for key, value in figures.items() if key not in data.metrics})
+        log_metrics(client, run_id, {key: value for key, value in figures.items() if key not in data.metrics})
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -138,10 +139,11 @@ def sync(folder: Path) -> str:
         TrackingError: MLflow can't be reached.
     """
     from pipeline.tracking.lost import mark_killed
+    from pipeline.tracking.run import OUTBOX
     from pipeline.tracking.store import connect, experiment_id
 
     client = connect()
-    send_spools(client, folder)
+    send_spools(client, folder, project_root() / OUTBOX)  # in this order: runs begin in their run folders
     for name in mark_killed(client, experiment_id(client)):
         log.info("run %s: its process is gone; now KILLED", name)
     if not (project_root() / ".dvc").is_dir():

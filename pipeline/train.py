@@ -10,23 +10,26 @@ MLflow, whose id is in ``metrics/mlflow.json`` for the next stages.
 from __future__ import annotations
 
 import logging
-import signal
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import NoReturn
 
+from pipeline import durable
 from pipeline.config import Parser, TrainParams, cores, fail, parse_args
+from pipeline.interrupts import Interrupts
 
 log = logging.getLogger("pipeline.train")
 
 
-def train(params: TrainParams) -> dict[str, float]:
+def train(params: TrainParams, stop: Interrupts | None = None) -> dict[str, float]:
     """Train one policy; returns what is written to ``metrics/train.json``.
 
+    Args:
+        params: Every number it depends on.
+        stop: Asked before each rollout whether to save the state and end.
+
     Raises:
-        TrackingError: MLflow's store can't be reached.
+        TrackingError: ``MLFLOW_TRACKING_URI`` names no store of MLflow's.
         RunFolderError: Another process trains with the same parameters.
         CheckpointError: The training was interrupted and every state it left is damaged.
         PolicyError: ``warm_start`` names a policy that does not fit the parameters.
@@ -34,6 +37,7 @@ def train(params: TrainParams) -> dict[str, float]:
     """
     # Imported here: they take 4 s, and a mistake in the parameters is told before that.
     from pipeline.agent import checkpoint, policy
+    from pipeline.agent.callbacks import EveryRollout
     from pipeline.agent.ppo import build_model
     from pipeline.evaluation import Evaluator
     from pipeline.session import Session, announce, build_logger, validation_tracks
@@ -41,7 +45,6 @@ def train(params: TrainParams) -> dict[str, float]:
     from pipeline.sim.vec_env import SharedMemoryVecEnv
     from pipeline.tracking.folder import one_writer, run_folder, set_aside, start_log
     from pipeline.tracking.run import Run
-    from pipeline.tracking.spool import Sender, Spool
 
     initial_weights = policy.warm_start(params) if params.warm_start else None
     folder = run_folder(params)
@@ -50,20 +53,19 @@ def train(params: TrainParams) -> dict[str, float]:
         if state is None:
             set_aside(folder)
         start_log(folder, params)
-        run = Run.resume(state.header["extra"]["run_id"]) if state else None
-        run = run or Run.begin(params.run_name, params.model_dump(), {"fingerprint": params.fingerprint()})
+        interrupted = state.header["extra"]["run_id"] if state else None
+        tags = {"fingerprint": params.fingerprint()}
+        run = Run.begin(params.run_name, params.model_dump(), tags, folder, interrupted)
         workers = min(params.n_workers or cores(), params.n_envs)
-        run.spool = Spool(folder / f"spool-{run.id}.jsonl", run.id)
-        with run.spool as spool, run, Evaluator(workers) as evaluator, ExitStack() as stack:
-            stack.enter_context(Sender(run.client, spool))
+        with run, Evaluator(workers) as evaluator, ExitStack() as stack:
             env = SharedMemoryVecEnv(
                 [partial(make_training_env, params, index) for index in range(params.n_envs)],
                 n_workers=workers if params.n_envs > 1 else 0,
             )
             stack.callback(env.close)
             model = build_model(params, env)
-            model.set_logger(build_logger(folder, spool))
-            session = Session(params, model, evaluator, folder, spool)
+            model.set_logger(build_logger(folder, run.spool))
+            session = Session(params, model, evaluator, folder, run.spool)
             if state:
                 session.resume(state, run)
             elif initial_weights:
@@ -72,7 +74,8 @@ def train(params: TrainParams) -> dict[str, float]:
             run.track_set(validation_tracks(params), "validation", "validation")
             run.artifact(folder / "config.json")
             remaining = params.total_timesteps - model.num_timesteps
-            model.learn(max(remaining, 0), session.callbacks(), reset_num_timesteps=state is None)
+            ending = EveryRollout(partial((stop or Interrupts()).check, session.save_state))
+            model.learn(max(remaining, 0), [session.callbacks(), ending], reset_num_timesteps=state is None)
             figures = session.publish()
         for path in checkpoint.states(folder / "checkpoints"):
             path.unlink()  # done: the next training of these parameters starts from the beginning
@@ -80,25 +83,23 @@ def train(params: TrainParams) -> dict[str, float]:
     return figures
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage; exit code 2 for mistakes of the user, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Run the stage; exit code 2 for mistakes of the user and a full disk, 128 + n for signal n."""
     params, _ = parse_args(TrainParams, Parser(prog="python -m pipeline.train", description=__doc__), argv)
-    signal.signal(signal.SIGTERM, _terminate)
-    from pipeline.agent.checkpoint import CheckpointError
-    from pipeline.agent.policy import PolicyError
-    from pipeline.tracking.folder import RunFolderError
-    from pipeline.tracking.store import TrackingError
+    with Interrupts() as stop:
+        from pipeline.agent.checkpoint import CheckpointError
+        from pipeline.agent.policy import PolicyError
+        from pipeline.tracking.folder import RunFolderError
+        from pipeline.tracking.store import TrackingError
 
-    try:
-        train(params)
-    except (TrackingError, RunFolderError, CheckpointError, PolicyError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        try:
+            train(params, stop)
+        except (TrackingError, RunFolderError, CheckpointError, PolicyError) as error:
+            fail(error)
+        except OSError as error:
+            if not durable.is_full(error):
+                raise
+            fail(f"{error}: no room to write. Free some and run the same command again: it goes on where it was.")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ MODULES = {
 }
 MAY_IMPORT = {
     "config": set(),
+    "durable": set(),
+    "interrupts": set(),
     "sim": {"config"},
-    "agent": {"sim", "config"},
-    "tracking": {"sim", "config"},
+    "agent": {"sim", "config", "durable"},
+    "tracking": {"sim", "config", "durable"},
     "media": {"sim", "config"},
     "evaluation": {"agent", "sim", "config"},
     "filming": {"evaluation", "agent", "media", "sim", "config"},

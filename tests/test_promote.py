@@ -30,6 +30,7 @@ from pipeline.tracking.registry import Registry, sha256
 from pipeline.tracking.run import Run
 from pipeline.tracking.store import TrackingError, connect
 from tests.policies import write_policy
+from tests.tracking.runs import begun
 
 PARAMS = PromoteParams(
     registered_model="carracing-ppo", promote_alpha=0.05, tracks="10000:10100", bootstrap_samples=10_000
@@ -102,10 +103,9 @@ def test_the_same_file_is_registered_once(project: Path, scores: Scores):
 
 
 def test_a_version_is_a_policy_file_and_code_tied_to_its_run(project: Path, scores: Scores):
-    run = Run.begin("one", {"seed": 3}, {})
-    with run:
+    with Run.begin("one", {"seed": 3}, {}) as run:
         pass
-    ended = run.client.get_run(run.id).info.end_time
+    ended = connect().get_run(run.id).info.end_time
     policy = write_policy(project / command.POLICY, 0)
     scores(policy, returns(900))
     promote(PARAMS)
@@ -136,7 +136,7 @@ def test_a_version_is_a_policy_file_and_code_tied_to_its_run(project: Path, scor
 
 
 def test_another_runs_policy_is_not_tied_to_the_pipelines_run(project: Path, scores: Scores):
-    Run.begin("one", {}, {})
+    begun()
     write_policy(project / command.POLICY, 0)
     other = write_policy(project / "other.safetensors", 1)
     scores(other, returns(900))

@@ -16,8 +16,10 @@ from pipeline.agent.policy import Policy, load
 from pipeline.config import RecordParams, track_list
 from pipeline.evaluation import Episode, drive, write_table
 from pipeline.sim.env import to_pedals
-from pipeline.tracking.run import Run
+from pipeline.tracking.run import read_run_id
+from pipeline.tracking.store import connect
 from tests.policies import write_policy
+from tests.tracking.runs import begun
 
 TRACK = track_list("10000:10001")[0]
 PARAMS = RecordParams(video_tracks=["best"], video_fps=50, gif_seconds=4)
@@ -29,7 +31,7 @@ def evaluated(project: Path) -> tuple[Policy, Episode]:
     policy = load(write_policy(record_videos.POLICY, seed=3))
     episode = drive(policy, TRACK)
     write_table(record_videos.TABLE, [episode])
-    Run.begin("test", {}, {})
+    begun()
     return policy, episode
 
 
@@ -51,8 +53,7 @@ def test_the_stage_leaves_films_stills_and_pictures_of_the_drive(evaluated: tupl
     assert sum(times) == pytest.approx(PARAMS.gif_seconds * 1000, abs=100)
     for picture in (record_videos.STRIP, record_videos.MAP, record_videos.ACTIONS):
         assert cv2.imread(str(picture)).std() > 10
-    run = Run.attach("test")
-    logged = [a.path for folder in ("videos", "plots") for a in run.client.list_artifacts(run.id, folder)]
+    logged = [a.path for folder in ("videos", "plots") for a in connect().list_artifacts(read_run_id(), folder)]
     names = ("videos/best.mp4", "videos/drive.gif", "videos/filmstrip.png", "plots/actions.png", "plots/track_map.png")
     assert sorted(logged) == sorted(names)
 

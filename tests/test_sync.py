@@ -13,9 +13,11 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.sync import Experiment, experiments, send_spools, sync, tie
-from pipeline.tracking.run import RESTORED_FROM, Run
+from pipeline.tracking.run import Run
 from pipeline.tracking.spool import Spool
 from pipeline.tracking.store import TrackingError, connect
+from pipeline.tracking.stored import RESTORED_FROM
+from tests.tracking.runs import begun, stored
 
 ROOT = Path(__file__).parent.parent
 UNKNOWN = "f" * 32
@@ -59,7 +61,7 @@ def add_experiment(folder: Path, name: str, run_id: str | None, mean: float | No
 
 
 def finished_run() -> Run:
-    with Run.begin("one", {}, {}, Path("runs/mlflow.json")) as run:
+    with Run.begin("one", {}, {}, run_id_file=Path("runs/mlflow.json")) as run:
         pass
     return run
 
@@ -75,11 +77,11 @@ def test_experiments_are_those_of_git_that_trained(repository: Path):
 
 def test_a_known_run_is_named_after_its_experiment_and_otherwise_left_alone(repository: Path):
     run = finished_run()
-    before = run.client.get_run(run.id)
+    before = stored(run)
     rev = add_experiment(repository, "blunt-axle", run.id, mean=901.234)
     (row,) = tie(connect(), experiments())
     assert row == ("blunt-axle", run.id, "FINISHED", "901.23")
-    after = run.client.get_run(run.id)
+    after = stored(run)
     assert after.data.tags["dvc.experiment"] == "blunt-axle"
     assert after.data.tags["dvc.experiment_rev"] == rev
     assert after.info.end_time == before.info.end_time
@@ -91,7 +93,7 @@ def test_experiments_that_share_a_run_are_both_named_each_with_its_own_score(rep
     revs = [add_experiment(repository, name, run.id, mean) for name, mean in (("one-a", 900.0), ("two-b", 910.0))]
     rows = {(row[0], row[3]) for row in tie(connect(), experiments())}
     assert rows == {("one-a", "900.00"), ("two-b", "910.00")}
-    tags = run.client.get_run(run.id).data.tags
+    tags = stored(run).data.tags
     assert set(tags["dvc.experiment"].split(", ")) == {"one-a", "two-b"}
     assert set(tags["dvc.experiment_rev"].split(", ")) == set(revs)
 
@@ -116,19 +118,18 @@ def test_an_unknown_run_is_restored_from_git_once(repository: Path):
 
 
 def test_a_spool_that_can_not_be_sent_does_not_hold_up_the_others(project: Path, caplog: pytest.LogCaptureFixture):
-    run = Run.begin("one", {}, {})
+    run = begun()
     for folder, run_id in (("a", UNKNOWN), ("b", run.id)):
         Spool(project / f"runs/{folder}/spool-{run_id}.jsonl", run_id).metrics({"k": 1.0}, 4)
     send_spools(connect(), project / "runs")
-    assert [(m.step, m.value) for m in run.client.get_metric_history(run.id, "k")] == [(4, 1.0)]
+    assert [(m.step, m.value) for m in connect().get_metric_history(run.id, "k")] == [(4, 1.0)]
     assert f"spool-{UNKNOWN}.jsonl can't be sent and stays" in caplog.text
 
 
 def test_sync_does_all_of_it_and_prints_a_table(repository: Path):
     from tests.tracking.test_lost import HERE, dead_pid
 
-    killed = Run.begin("killed", {}, {}, Path("runs/mlflow.json"))
-    killed.tags({"pid": f"{dead_pid()}@{HERE}"})
+    killed = begun("killed", tags={"pid": f"{dead_pid()}@{HERE}"}, run_id_file=Path("runs/mlflow.json"))
     Spool(repository / "runs/a/spool-x.jsonl", killed.id).metrics({"k": 1.0}, 4)
     add_experiment(repository, "blunt-axle", killed.id, mean=None)
     lines = sync(repository / "runs").splitlines()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch as th
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from pipeline import durable
 from pipeline.agent.policy import without_aliases
 from pipeline.agent.ppo import DrivingPPO
 from pipeline.sim.vec_env import EnvState
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 HEADER_KEY = "carracing-state"
 KEPT = 3
-"""States kept; the newest may be damaged by whatever ended the run, so older ones stand behind it."""
+"""Newest states kept; the last may be damaged by whatever ended the run, so older ones stand behind it."""
 
 
 class CheckpointError(Exception):
@@ -140,38 +140,33 @@ def _env_states(tensors: Mapping[str, th.Tensor], n_envs: int) -> list[EnvState]
     ]
 
 
-def publish(folder: Path, state: State) -> Path:
-    """Write a state under its number of agent steps and drop all but the newest ``KEPT``.
+def publish(folder: Path, state: State, best: int | None = None) -> Path:
+    """Write a state under its number of agent steps, and drop all but the newest ``KEPT`` and the one of ``best``.
 
-    Temporary file, fsync, rename, fsync of the folder: a reader sees the whole file or none, whenever the power goes.
+    Args:
+        folder: Of the checkpoints.
+        state: What to write.
+        best: Agent steps of the best policy so far; the state of that moment is kept however old it is.
+
+    Raises:
+        OSError: It can't be written, for example because the disk is full; the states before it are as they were.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"state_{state.header['num_timesteps']:012}.safetensors"
+    path = state_path(folder, state.header["num_timesteps"])
     header = json.dumps(state.header, sort_keys=True)
     data = save(state.tensors, metadata={HEADER_KEY: header, "sha256": digest(state.tensors, header)})
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(folder)
+    durable.publish(path, data)
+    spared = None if best is None else state_path(folder, best)
     for old in states(folder)[KEPT:]:
-        old.unlink()
+        if old != spared:
+            old.unlink()
+    for torn in folder.glob("state_*.tmp"):  # of a process killed while writing
+        torn.unlink()
     return path
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return  # Windows can't open a folder; its rename is journalled
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def state_path(folder: Path, steps: int) -> Path:
+    """The file of the state after so many agent steps."""
+    return folder / f"state_{steps:012}.safetensors"
 
 
 def digest(tensors: Mapping[str, th.Tensor], header: str) -> str:

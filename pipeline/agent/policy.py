@@ -20,8 +20,9 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as dump
 
+from pipeline import durable
 from pipeline.agent.network import DrivingNetwork, network_kwargs
 from pipeline.config import NetworkParams, ObservationParams, TrainParams
 
@@ -162,11 +163,7 @@ def save(
         "info": {"agent_steps": steps, "gymnasium": gym.__version__},
     }
     weights = {k: v.detach().cpu().to(dtype).contiguous() for k, v in without_aliases(module.state_dict()).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(weights, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
-    temporary.chmod(0o644)  # safetensors makes it private
-    temporary.replace(path)
+    durable.publish(path, dump(weights, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)}))
 
 
 def _only(kind: type[ObservationParams] | type[NetworkParams], params: Any) -> dict[str, Any]:

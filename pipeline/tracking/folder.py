@@ -13,9 +13,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from pipeline import durable
 from pipeline.config import TrainParams, project_root
 
 LOG = "train.log"
+ENDING_SECONDS = 10.0
+"""A trainer that was told to stop, or whose ``dvc`` was killed, is gone after so long: the next one waits for it."""
 
 
 class RunFolderError(Exception):
@@ -29,7 +32,7 @@ def run_folder(params: TrainParams) -> Path:
 
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Hold the run folder; a second trainer of the same parameters is told who does.
+    """Hold the run folder; a second trainer of the same parameters is told who does, if that one isn't ending.
 
     Raises:
         RunFolderError: Another process holds it.
@@ -37,7 +40,7 @@ def one_writer(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / "holder.txt"
     try:
-        with FileLock(folder / "lock", timeout=0):
+        with FileLock(folder / "lock", timeout=ENDING_SECONDS):
             holder.write_text(f"process {os.getpid()} on {platform.node()}\n")
             yield
     except Timeout:
@@ -56,6 +59,16 @@ def set_aside(folder: Path) -> None:
                 path.rename(earlier / path.name)
 
 
+class LogFile(logging.FileHandler):
+    """The log on disk; a line for which there is no room is left out."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing where the disk is full: that ends the training, which tells it once."""
+        error = sys.exc_info()[1]
+        if not (isinstance(error, OSError) and durable.is_full(error)):
+            super().handleError(record)
+
+
 class Console(logging.Handler):
     """Log lines above the progress bar, not through it."""
 
@@ -67,7 +80,7 @@ class Console(logging.Handler):
 def start_log(folder: Path, params: TrainParams) -> None:
     """Write the effective parameters, and send the log to the run folder and to the console."""
     (folder / "config.json").write_text(params.model_dump_json(indent=2) + "\n")
-    console, file = Console(), logging.FileHandler(folder / LOG, encoding="utf-8")
+    console, file = Console(), LogFile(folder / LOG, encoding="utf-8")
     console.setLevel(logging.INFO)  # the file also gets the lines that the progress bar stands for
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[console, file], force=True

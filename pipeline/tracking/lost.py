@@ -9,6 +9,8 @@ import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+SESSION_START = "session_start"
+"""Tag: when the process named by the tag ``pid`` took the run up [Unix time, ms]; a resumed run began before it."""
 CLOCK_TOLERANCE = 10.0
 """Seconds by which the kernel's start of a process and the wall clock may disagree."""
 
@@ -18,14 +20,19 @@ def mark_killed(client: MlflowClient, experiment: str) -> list[str]:
     found: list[Run] = mlflow.search_runs(
         [experiment], "attributes.status = 'RUNNING'", output_format="list", max_results=10_000
     )
-    dead = [run for run in found if process_is_dead(run.data.tags.get("pid", ""), run.info.start_time / 1000)]
+    dead = [run for run in found if process_is_dead(run.data.tags.get("pid", ""), taken_up(run))]
     for run in dead:
         client.set_terminated(run.info.run_id, "KILLED", last_sign_of_life(client, run))
     return [run.info.run_name for run in dead]
 
 
+def taken_up(run: Run) -> float:
+    """When the process that last worked on a run took it up [Unix time, s]."""
+    return int(run.data.tags.get(SESSION_START, run.info.start_time)) / 1000
+
+
 def process_is_dead(tag: str, begun: float) -> bool:
-    """Whether the process ``PID@host`` that began a run at ``begun`` (Unix time, seconds) is gone.
+    """Whether the process ``PID@host`` that took up a run at ``begun`` (Unix time, seconds) is gone.
 
     False for other machines' processes, of which nothing is known. A process younger than the run is another one that
     was given the same number.

@@ -1,149 +1,204 @@
 """One MLflow run per pipeline run, shared by the three stages.
 
-``train`` begins it and writes its id to ``metrics/mlflow.json``, a metric that DVC keeps in git; ``evaluate`` and
-``record-videos`` add to it without opening it again, which would reset its status and end time.
+``train`` begins it and leaves its id in ``metrics/mlflow.json``, a metric that DVC keeps in git; ``evaluate`` and
+``record-videos`` add to it without opening it again, which would reset its status and end time. All of them tell it
+to a spool, which is sent from the background: no stage waits for the server, or needs one.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import pandas as pd
-from mlflow import MlflowClient
 from mlflow.data.pandas_dataset import from_pandas
-from mlflow.entities import DatasetInput, InputTag, LifecycleStage, Metric, Param, RunTag
-from mlflow.entities.dataset import Dataset
-from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking.context import registry as context
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
-from pipeline.tracking import provenance
+from pipeline import durable
+from pipeline.config import project_root
+from pipeline.tracking import provenance, spool
+from pipeline.tracking.lost import SESSION_START
+from pipeline.tracking.sender import Sender, send
 from pipeline.tracking.spool import Spool
-from pipeline.tracking.store import TrackingError, connect, experiment_id, first_line, is_missing
+from pipeline.tracking.store import TrackingError, connect, first_line, refuse_impossible
+from pipeline.tracking.stored import LOCAL
+from pipeline.tracking.system_metrics import SystemMetrics
 
 log = logging.getLogger(__name__)
 
 RUN_ID_FILE = Path("metrics/mlflow.json")
-RESTORED_FROM = "restored_from"
-MAX_PARAM_LENGTH = 6000
+OUTBOX = "mlruns/unsent"
+"""Folder of what stages without a run folder have to tell MLflow, in the real checkout; empty when all is sent."""
 
 
 class Run:
-    """A run in MLflow. As a context manager it ends: FINISHED, FAILED on an error, KILLED on Ctrl-C or a signal.
+    """A run in MLflow, told by way of a spool.
+
+    As a context manager it sends from the background what it is told, and at the end waits a while for the server. A
+    run that began here (and was not attached to) ends: FINISHED, FAILED on an error, KILLED on Ctrl-C or a signal.
 
     Attributes:
-        id: MLflow's run id.
-        spool: Where the end is kept if MLflow can't be told of it; open until the run has ended.
+        spool: What the run is told.
+        id: MLflow's id; a local one until MLflow has the run.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        self.client, self.id = client, run_id
-        self.spool: Spool | None = None
-        self._system_metrics: SystemMetricsMonitor | None = None
+    def __init__(self, spool: Spool, began_here: bool, run_id_file: Path | None = None) -> None:
+        self.spool, self.id = spool, spool.run_id
+        self._began_here = began_here
+        self._run_id_file = run_id_file and run_id_file.resolve()
+        self._sender: Sender | None = None
+        self._system_metrics = SystemMetrics(spool) if began_here else None
 
     @classmethod
     def begin(
-        cls, name: str, params: Mapping[str, Any], tags: Mapping[str, str], run_id_file: Path = RUN_ID_FILE
+        cls,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        folder: Path | None = None,
+        resumed: str | None = None,
+        run_id_file: Path = RUN_ID_FILE,
     ) -> Run:
-        """Create a run with parameters and provenance, and leave its id for the next stages."""
-        client = connect()
-        all_tags = {**context.resolve_tags(), **provenance.tags(), **tags}
-        created = client.create_run(experiment_id(client), tags=all_tags, run_name=name)
-        run = cls(client, created.info.run_id)
-        run.params(params)
+        """Begin a run with parameters and provenance, or go on with an interrupted one; needs no server.
+
+        Args:
+            name: Of the run.
+            params: Numbers, texts and lists.
+            tags: Beside provenance.
+            folder: For the spool; what is uploaded from it is not copied.
+            resumed: ``spool.run_id`` of the run to go on with, if its spool is in ``folder``.
+            run_id_file: Where the id is left for the next stages.
+
+        Raises:
+            TrackingError: ``MLFLOW_TRACKING_URI`` names no store of MLflow's.
+        """
+        refuse_impossible()
+        local_id = resumed or LOCAL + uuid.uuid4().hex
+        path = (folder or _outbox(name)) / f"spool-{local_id}.jsonl"
+        goes_on = path.exists()
+        run = cls(Spool(path, local_id), True, run_id_file)
+        all_tags = {**context.resolve_tags(), **provenance.tags(), SESSION_START: str(spool.now()), **tags}
+        if goes_on:
+            run.spool.put({"status": "RUNNING"})
+            run.tags(all_tags)
+        else:
+            run.spool.put({"begin": {"name": name, "params": dict(params), "tags": all_tags, "began": spool.now()}})
         _write_run_id(run_id_file, run.id)
         return run
 
     @classmethod
-    def resume(cls, run_id: str, run_id_file: Path = RUN_ID_FILE) -> Run | None:
-        """Go on with a run that was interrupted; None where this store doesn't know it."""
-        client = connect()
-        try:
-            client.update_run(run_id, status="RUNNING")
-        except MlflowException:
-            return None
-        _write_run_id(run_id_file, run_id)
-        return cls(client, run_id)
+    def attach(cls, stage: str, run_id_file: Path = RUN_ID_FILE) -> Run:
+        """The run that ``train`` began; a restored one where this store doesn't know it (fresh clone, other server).
 
-    @classmethod
-    def attach(cls, name: str, run_id_file: Path = RUN_ID_FILE) -> Run:
-        """The run that ``train`` began; a restored one where this store doesn't know it (fresh clone, other server)."""
-        return cls.known_or_restored(connect(), read_run_id(run_id_file), name)
-
-    @classmethod
-    def known_or_restored(cls, client: MlflowClient, run_id: str, name: str) -> Run:
-        """The run of this id, or its stand-in where the store doesn't have it (any more), made once and found again."""
-        try:
-            if client.get_run(run_id).info.lifecycle_stage == LifecycleStage.ACTIVE:
-                return cls(client, run_id)
-        except MlflowException as error:
-            if not is_missing(error):  # a server in trouble is no reason for a second run
-                raise
-        return cls(client, _restored(client, run_id, name))
-
-    def params(self, params: Mapping[str, Any]) -> None:
-        """Log parameters; lists as JSON."""
-        texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in params.items()}
-        batch = [Param(key, text[:MAX_PARAM_LENGTH]) for key, text in texts.items()]
-        self.client.log_batch(self.id, params=batch, synchronous=True)
+        Raises:
+            TrackingError: There is none, or ``MLFLOW_TRACKING_URI`` names no store of MLflow's.
+        """
+        refuse_impossible()
+        run_id = read_run_id(run_id_file)
+        run = cls(Spool(_outbox(stage) / f"spool-{run_id}.jsonl", run_id), False)
+        run.spool.put({"attach": stage})
+        return run
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log one batch of metrics."""
-        now = int(time.time() * 1000)
-        self.client.log_batch(self.id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
+        self.spool.metrics({key: float(value) for key, value in values.items()}, step)
+
+    def series(self, key: str, values: Sequence[float]) -> None:
+        """Log a curve that MLflow draws, and lays over those of other runs: step 1 is the first value."""
+        for step, value in enumerate(values, start=1):
+            self.metrics({key: value}, step)
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
-        self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items()])
+        self.spool.put({"tags": dict(tags)})
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Upload a file."""
-        self.client.log_artifact(self.id, str(path), folder or None)
+        """Upload a file; a copy of it, unless it lies beside the spool: the workspace may be gone when it is sent."""
+        if not path.resolve().is_relative_to(self.spool.path.parent.resolve()):
+            copy = self._files(folder) / path.name
+            path = Path(shutil.copyfile(path, copy))
+        self.spool.artifact(path, folder)
 
     def table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:
-        """Log rows as a table that MLflow's UI shows and compares between runs."""
-        self.client.log_table(self.id, pd.DataFrame(rows), name)
+        """Log rows as a table that MLflow's UI shows and compares between runs; replaces the one of that name.
 
-    def image(self, picture: Any, key: str, step: int) -> None:
-        """Log an (H, W, 3) uint8 picture; pictures of one key get a step slider."""
-        self.client.log_image(self.id, picture, key=key, step=step)
+        As ``MlflowClient.log_table`` does, which needs the server, and adds to a table that is there.
+        """
+        folder, _, file = name.rpartition("/")
+        path = self._files(folder) / file
+        pd.DataFrame(rows).to_json(path, orient="split", index=False, date_format="iso")
+        self.spool.artifact(path, folder)
+        self.tags({MLFLOW_LOGGED_ARTIFACTS: json.dumps([{"path": name, "type": "table"}])})
+
+    def _files(self, folder: str) -> Path:
+        files = self.spool.path.parent / "files" / folder
+        files.mkdir(parents=True, exist_ok=True)
+        return files
 
     def track_set(self, tracks: Sequence[int], name: str, use: str) -> None:
         """Record a set of tracks as a dataset input of the run."""
-        data = from_pandas(pd.DataFrame({"track": list(tracks)}), name=name)
-        entity = Dataset(
-            name=name,
-            digest=data.digest,
-            source_type="code",
-            source="CarRacing-v3",
-            schema=json.dumps({"tracks": f"{min(tracks)}..{max(tracks)}"}),
-            profile=json.dumps({"n": len(tracks)}),
-        )
-        self.client.log_inputs(self.id, [DatasetInput(entity, [InputTag("mlflow.data.context", use)])])
+        dataset = {
+            "name": name,
+            "digest": from_pandas(pd.DataFrame({"track": list(tracks)}), name=name).digest,
+            "source_type": "code",
+            "source": "CarRacing-v3",
+            "schema": json.dumps({"tracks": f"{min(tracks)}..{max(tracks)}"}),
+            "profile": json.dumps({"n": len(tracks)}),
+        }
+        self.spool.put({"inputs": dataset, "use": use})
+
+    def flush(self) -> str:
+        """Send what there is, now, and raise what MLflow raises; returns MLflow's id of the run."""
+        send(connect(), self.spool.path, self._note_id)
+        return self.id
+
+    def _note_id(self, run_id: str) -> None:
+        if run_id != self.id:
+            self.id = run_id
+            if self._run_id_file:
+                _write_run_id(self._run_id_file, run_id)
 
     def __enter__(self) -> Run:
-        self._system_metrics = SystemMetricsMonitor(self.id)  # type: ignore[no-untyped-call]
-        self._system_metrics.start()  # type: ignore[no-untyped-call]
+        self._sender = Sender(self.spool, self._note_id)
+        if self._system_metrics:
+            self._system_metrics.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._system_metrics:
-            self._system_metrics.finish()  # type: ignore[no-untyped-call]
+            self._system_metrics.finish()
         status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
         try:
-            self.client.set_terminated(self.id, status)
-        except Exception as problem:  # the work is done whatever has become of the server
+            if self._began_here:
+                self.spool.put({"status": status, "time": spool.now()})
+        except OSError as problem:  # the disk is full, which is what ended the work
             log.warning("MLflow can't be told that the run is %s (%s)", status, first_line(problem))
-            if self.spool:
-                self.spool.end(status)
+        assert self._sender
+        self._sender.close(in_a_hurry=status == "KILLED")
+        with self.spool:
+            pass
+        discard_sent(self.spool.path)
+
+
+def discard_sent(path: Path) -> None:
+    """Delete a stage's spool with its files when MLflow has all of it; run folders keep theirs."""
+    if path.parent.parent == project_root() / OUTBOX and spool.is_sent(path):
+        shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def _outbox(stage: str) -> Path:
+    return project_root() / OUTBOX / f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{uuid.uuid4().hex[:4]}"
 
 
 def read_run_id(path: Path = RUN_ID_FILE) -> str:
@@ -161,17 +216,4 @@ def read_run_id(path: Path = RUN_ID_FILE) -> str:
 
 
 def _write_run_id(path: Path, run_id: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"run_id": run_id}) + "\n")
-
-
-def _restored(client: MlflowClient, run_id: str, name: str) -> str:
-    """Find or create the stand-in for a run that this store does not know."""
-    experiment = experiment_id(client)
-    known = client.search_runs([experiment], f"tags.{RESTORED_FROM} = '{run_id}'", max_results=1)
-    if known:
-        return str(known[0].info.run_id)
-    tags = {**context.resolve_tags(), **provenance.tags(), RESTORED_FROM: run_id}
-    created = client.create_run(experiment, tags=tags, run_name=f"{name} (restored)")
-    client.set_terminated(created.info.run_id, "FINISHED")
-    return str(created.info.run_id)
+    durable.publish(path, (json.dumps({"run_id": run_id}) + "\n").encode())

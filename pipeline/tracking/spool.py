@@ -1,66 +1,84 @@
-"""Metrics and files on their way to MLflow: first to a local file, then sent from the background.
+"""What a run has to tell MLflow, in a local file: first here, then sent (:mod:`pipeline.tracking.sender`).
 
-Training never waits for the server. What it could not take stays in the spool, and ``python -m pipeline.sync`` sends it
-later. A line sent twice does no harm: MLflow keeps equal (key, step, time, value) once.
+Training never waits for the server, and what the server could not take stays here. A line sent twice does no harm:
+MLflow keeps equal (key, step, time, value) once, and of everything else the last.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from mlflow import MlflowClient
-from mlflow.entities import Metric
-
-from pipeline.tracking.store import first_line
+from pipeline import durable
 
 log = logging.getLogger(__name__)
 
 BATCH = 200
-RETRY_SECONDS = 10.0
+SPOOLS = "spool-*.jsonl"
 
 
 class Spool:
     """An append-only JSONL file of what a run has to tell MLflow, and the number of its bytes already sent.
 
+    May be written from several threads. Writing raises ``OSError`` where there is no room, and leaves no half line.
+
     Attributes:
         path: The spool; beside it, ``<name>.sent`` holds the offset of the first line not sent yet.
+        run_id: MLflow's id of the run, or the local one of a run that begins with this spool.
     """
 
     def __init__(self, path: Path, run_id: str) -> None:
         self.path, self.run_id = path, run_id
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(path)
-        self._known = _metrics_in(path)  # a resumed training says again what it said after its last checkpoint
-        self._file: TextIO = path.open("a", encoding="utf-8")
-        self._sent = path.with_suffix(".sent")
+        self._known = _metrics_in(path)  # a resumed training says again what it said after its last state
+        self._file = path.open("ab", buffering=0)
+        self._lock = threading.Lock()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Append one batch of metrics, each (metric, step) once."""
+        """Append one batch of metrics, each (metric, step) once: the first value stands."""
         new = {key: value for key, value in values.items() if (key, step) not in self._known}
         if new:
-            self._put({"metrics": new, "step": step, "time": int(time.time() * 1000)})
+            self.put({"metrics": new, "step": step, "time": now()})
+            self._known.update((key, step) for key in new)
+
+    def next_step(self, prefix: str) -> int:
+        """The step after the last one of the metrics whose name begins so, in what this spool held when opened."""
+        return 1 + max((step for key, step in self._known if key.startswith(prefix)), default=-1)
 
     def artifact(self, path: Path, folder: str) -> None:
         """Append a file to upload; until it is sent it must stay where it is, beside the spool or anywhere."""
-        place = path.resolve()
-        beside = self.path.parent.resolve()
-        self._put(
-            {"artifact": str(place.relative_to(beside) if place.is_relative_to(beside) else place), "folder": folder}
-        )
+        self.put({"artifact": self._place(path), "folder": folder})
 
-    def end(self, status: str) -> None:
-        """Append how the run ended, where MLflow could not be told at once."""
-        self._put({"status": status, "time": int(time.time() * 1000)})
+    def image(self, path: Path, key: str, step: int) -> None:
+        """Append a picture; those of one key get a step slider. It must stay where it is until it is sent."""
+        self.put({"image": self._place(path), "key": key, "step": step, "time": now()})
 
-    def _put(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"run_id": self.run_id, **entry}) + "\n")
-        self._file.flush()
+    def _place(self, path: Path) -> str:
+        """A file's place as seen from the spool, so that the folder can be moved."""
+        place, beside = path.resolve(), self.path.parent.resolve()
+        return str(place.relative_to(beside) if place.is_relative_to(beside) else place)
+
+    def put(self, entry: Mapping[str, Any]) -> None:
+        """Append any entry that :func:`pipeline.tracking.sender.send` understands."""
+        line = (json.dumps({"run_id": self.run_id, **entry}) + "\n").encode()
+        with self._lock:
+            end = os.fstat(self._file.fileno()).st_size
+            try:
+                durable.write_all(self._file.fileno(), line)
+            except OSError:
+                self._file.truncate(end)
+                raise
+
+    def sync(self) -> None:
+        """Make sure that what was said outlives a failure of the power."""
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> Spool:
         return self
@@ -70,17 +88,32 @@ class Spool:
         self._file.close()
 
 
+def now() -> int:
+    """Unix time, ms."""
+    return int(time.time() * 1000)
+
+
 def sent_bytes(path: Path) -> int:
     """How many bytes of a spool MLflow has taken."""
     sent = path.with_suffix(".sent")
     return int(sent.read_text() or 0) if sent.exists() else 0  # empty: killed while writing it
 
 
-def _metrics_in(path: Path) -> set[tuple[str, int]]:
-    if not path.exists():
-        return set()
-    entries = [_parse(path, line) for line in path.read_bytes().splitlines()]
-    return {(key, entry["step"]) for entry in entries for key in entry.get("metrics", ())}
+def note_sent(path: Path, offset: int) -> None:
+    """Note how many bytes of a spool MLflow has taken."""
+    path.with_suffix(".sent").write_text(str(offset))
+
+
+def is_sent(path: Path) -> bool:
+    """Whether MLflow has taken all of it."""
+    return sent_bytes(path) >= path.stat().st_size
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The first entry: of a run that begins here, what it begins with; empty for an empty spool."""
+    with path.open("rb") as file:
+        line = file.readline()
+    return _parse(path, line) if line.endswith(b"\n") else {}
 
 
 def unsent(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -97,6 +130,13 @@ def unsent(path: Path) -> tuple[list[dict[str, Any]], int]:
     return entries, offset
 
 
+def _metrics_in(path: Path) -> set[tuple[str, int]]:
+    if not path.exists():
+        return set()
+    entries = [_parse(path, line) for line in path.read_bytes().splitlines()]
+    return {(key, entry["step"]) for entry in entries for key in entry.get("metrics", ())}
+
+
 def _parse(path: Path, line: bytes) -> dict[str, Any]:
     """An entry; an empty one for a line that a crash of the machine spoiled."""
     try:
@@ -111,75 +151,3 @@ def _drop_torn_line(path: Path) -> None:
     if path.exists():
         with path.open("rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def send(client: MlflowClient, path: Path) -> int:
-    """Send everything unsent in order; returns the number of entries. Raises what MLflow raises, losing nothing."""
-    count = 0
-    while True:
-        entries, offset = unsent(path)
-        if offset == sent_bytes(path):
-            return count
-        _send_metrics(client, [e for e in entries if "metrics" in e])
-        _send_artifacts(client, path.parent, [e for e in entries if "artifact" in e])
-        for entry in entries:
-            if "status" in entry:
-                client.set_terminated(entry["run_id"], entry["status"], entry["time"])
-        path.with_suffix(".sent").write_text(str(offset))
-        count += len(entries)
-
-
-def _send_metrics(client: MlflowClient, entries: list[dict[str, Any]]) -> None:
-    by_run: dict[str, list[Metric]] = {}
-    for e in entries:
-        by_run.setdefault(e["run_id"], []).extend(Metric(k, v, e["time"], e["step"]) for k, v in e["metrics"].items())
-    for run_id, metrics in by_run.items():
-        for start in range(0, len(metrics), 1000):  # MLflow's limit for one request
-            client.log_batch(run_id, metrics=metrics[start : start + 1000])
-
-
-def _send_artifacts(client: MlflowClient, beside: Path, entries: list[dict[str, Any]]) -> None:
-    for e in entries:
-        file = beside / e["artifact"]
-        if file.exists():
-            client.log_artifact(e["run_id"], str(file), e["folder"] or None)
-        else:  # what comes after it must not wait for ever
-            log.warning("%s was deleted before it could be sent to MLflow; left out", e["artifact"])
-
-
-class Sender:
-    """A background thread that sends a spool as it grows, and tries again after failures."""
-
-    def __init__(self, client: MlflowClient, spool: Spool, interval: float = 1.0) -> None:
-        self._client, self._spool, self._interval = client, spool, interval
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="mlflow-sender", daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> Sender:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _run(self) -> None:
-        pause = self._interval
-        while not self._stop.wait(pause):
-            pause = self._interval if self._try() else RETRY_SECONDS
-
-    def _try(self) -> bool:
-        try:
-            send(self._client, self._spool.path)
-        except Exception as error:  # whatever the server or the network did: training goes on
-            log.warning("MLflow does not take metrics (%s); kept in %s", first_line(error), self._spool.path)
-            return False
-        return True
-
-    def close(self, timeout: float = 30.0) -> bool:
-        """Send the rest. Returns whether all is sent; if not, the spool keeps it for ``pipeline.sync``."""
-        self._stop.set()
-        self._thread.join(timeout)
-        done = not self._thread.is_alive() and self._try()
-        if not done:
-            log.warning("not all metrics reached MLflow; send them later with `python -m pipeline.sync`")
-        return done

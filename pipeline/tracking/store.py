@@ -6,12 +6,14 @@ With nothing set, ``mlflow ui`` without flags in the checkout shows what is writ
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import mlflow
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.config import project_root
@@ -45,21 +47,58 @@ def connect() -> MlflowClient:
     Raises:
         TrackingError: The store can't be reached.
     """
+    uri = _choose_store()
+    try:
+        with _one_at_a_time():
+            client = MlflowClient()
+            client.search_experiments(max_results=1)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        raise _unusable(uri, error) from None
+    return client
+
+
+def refuse_impossible() -> None:
+    """Tell, without asking a server or a database, that the environment names something that is no store of MLflow's.
+
+    Raises:
+        TrackingError: It does.
+    """
+    uri = _choose_store()
+    if uri.partition(":")[0].partition("+")[0] not in DATABASE_ENGINES:  # those are opened at once, and slowly
+        try:
+            MlflowClient()
+        except MlflowException as error:
+            raise _unusable(uri, error) from None
+
+
+def _choose_store() -> str:
+    """Name the store to MLflow; returns its URI."""
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(project_root() / 'mlflow.db').as_posix()}"
     mlflow.set_tracking_uri(uri)
-    try:
-        # The first use creates the tables; several processes doing so at once break each other.
-        with FileLock(project_root() / "mlflow.db.lock"):
-            client = MlflowClient()
-            client.search_experiments(max_results=1)
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise TrackingError(
-            f"MLflow at {uri} can't be used: {first_line(error)}\n"
-            "Start that server, or unset MLFLOW_TRACKING_URI to keep runs in this folder."
-        ) from None
-    return client
+    return uri
+
+
+def _one_at_a_time() -> AbstractContextManager[object]:
+    """The first use of a database file creates its tables: several processes doing so at once break each other.
+
+    A server does that by itself, and one that never answers must not keep others from the file.
+    """
+    if _is_local():
+        return FileLock(project_root() / "mlflow.db.lock")
+    return nullcontext()
+
+
+def _is_local() -> bool:
+    return str(mlflow.get_tracking_uri()).startswith("sqlite")
+
+
+def _unusable(uri: str, error: Exception) -> TrackingError:
+    return TrackingError(
+        f"MLflow at {uri} can't be used: {first_line(error)}\n"
+        "Start that server, or unset MLFLOW_TRACKING_URI to keep runs in this folder."
+    )
 
 
 def is_missing(error: MlflowException) -> bool:
@@ -75,7 +114,7 @@ def first_line(error: BaseException) -> str:
 def experiment_id(client: MlflowClient) -> str:
     """The id of the project's experiment, created with description and primary metric when missing."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-    with FileLock(project_root() / "mlflow.db.lock"):
+    with _one_at_a_time():
         experiment: Experiment | None = client.get_experiment_by_name(name)
         if experiment is None:
             return str(client.create_experiment(name, _artifact_location(name), _tags()))
@@ -85,7 +124,7 @@ def experiment_id(client: MlflowClient) -> str:
 
 
 def _artifact_location(name: str) -> str | None:
-    if str(mlflow.get_tracking_uri()).startswith("sqlite"):
+    if _is_local():
         return (project_root() / "mlruns" / name).as_uri()
     return None  # a server knows its own place
 

@@ -13,9 +13,10 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.tracking.lost import mark_killed, process_is_dead
+from pipeline.tracking.lost import SESSION_START, mark_killed, process_is_dead
 from pipeline.tracking.run import Run
 from pipeline.tracking.store import connect, experiment_id
+from tests.tracking.runs import begun
 
 HERE = platform.node()
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -28,8 +29,9 @@ def dead_pid() -> int:
 
 
 def begin(name: str, pid: str) -> Run:
-    run = Run.begin(name, {}, {})
+    run = begun(name)
     run.tags({"pid": pid})
+    run.flush()
     return run
 
 
@@ -43,7 +45,7 @@ def test_a_dead_process_run_is_killed_and_all_others_are_left_alone(project: obj
     elsewhere = begin("elsewhere", f"{dead_pid()}@another-{HERE}")
     unnamed = begin("unnamed", "")
     finished = begin("finished", f"{dead_pid()}@{HERE}")
-    finished.client.set_terminated(finished.id, "FINISHED")
+    connect().set_terminated(finished.id, "FINISHED")
     client = connect()
     assert mark_killed(client, experiment_id(client)) == ["dead"]
     assert status(dead) == "KILLED"
@@ -55,10 +57,23 @@ def test_a_dead_process_run_is_killed_and_all_others_are_left_alone(project: obj
 def test_a_killed_run_ends_at_its_last_sign_of_life(project: object):
     run = begin("dead", f"{dead_pid()}@{HERE}")
     run.metrics({"a": 1.0, "b": 2.0})
-    last = max(m.timestamp for key in "ab" for m in run.client.get_metric_history(run.id, key))
+    run.flush()
+    client = connect()
+    last = max(m.timestamp for key in "ab" for m in client.get_metric_history(run.id, key))
     time.sleep(0.05)
-    mark_killed(run.client, experiment_id(run.client))
-    assert run.client.get_run(run.id).info.end_time == last
+    mark_killed(client, experiment_id(client))
+    assert client.get_run(run.id).info.end_time == last
+
+
+def test_a_resumed_run_is_judged_by_the_process_that_took_it_up(project: object):
+    run = begin("resumed", f"{os.getpid()}@{HERE}")
+    client = connect()
+    began = round((psutil.Process().create_time() - 3600) * 1000)  # by another process, an hour before this one started
+    client.set_tag(run.id, SESSION_START, str(began))
+    assert mark_killed(client, experiment_id(client)) == ["resumed"]
+    client.update_run(run.id, status="RUNNING")
+    client.set_tag(run.id, SESSION_START, str(round(time.time() * 1000)))
+    assert mark_killed(client, experiment_id(client)) == []
 
 
 def test_a_young_process_with_the_runs_number_is_another_one():

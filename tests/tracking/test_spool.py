@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 from stable_baselines3.common.logger import Logger
 
-from pipeline.tracking.run import Run
-from pipeline.tracking.spool import Sender, Spool, send, sent_bytes, unsent
+from pipeline.tracking.sender import Sender, send
+from pipeline.tracking.spool import Spool, sent_bytes, unsent
+from pipeline.tracking.store import connect
 from pipeline.tracking.writer import SpoolWriter
+from tests.tracking.runs import begun
 
 Batch = list[tuple[str, float, int]]
 
@@ -66,6 +69,14 @@ def test_all_is_sent_in_order_and_once(tmp_path: Path):
     assert server.taken == [("k0", float(step), step) for step in range(450)]
 
 
+def test_a_metric_is_told_once_a_step_also_by_a_resumed_training(tmp_path: Path):
+    spool, server = spool_of(tmp_path / "s.jsonl", 3), Server()
+    spool.metrics({"k0": 77.0, "other": 1.0}, 2)
+    Spool(spool.path, "r").metrics({"k0": 78.0, "other": 2.0, "new": 3.0}, 2)
+    send(server, spool.path)  # type: ignore[arg-type]
+    assert server.taken == [("k0", 0.0, 0), ("k0", 1.0, 1), ("k0", 2.0, 2), ("other", 1.0, 2), ("new", 3.0, 2)]
+
+
 def test_requests_stay_within_mlflows_limit(tmp_path: Path):
     spool, server = spool_of(tmp_path / "s.jsonl", 200, keys=12), Server()
     send(server, spool.path)  # type: ignore[arg-type]
@@ -83,17 +94,17 @@ def test_a_server_that_goes_away_in_the_middle_gets_all_of_it_later(away: list[i
 
 
 def test_mlflow_keeps_what_is_sent_twice_once(project: Path):
-    run = Run.begin("one", {}, {})
+    run, client = begun(), connect()
     spool = spool_of(project / "s.jsonl", 30, run.id)
-    send(run.client, spool.path)
+    send(client, spool.path)
     spool.path.with_suffix(".sent").write_text("0")  # killed after sending, before noting it
-    send(run.client, spool.path)
-    assert history(run.client, run.id, "k0") == [(step, float(step)) for step in range(30)]
+    send(client, spool.path)
+    assert history(client, run.id, "k0") == [(step, float(step)) for step in range(30)]
 
 
 def test_the_sender_survives_an_outage_and_the_numbers_arrive_in_mlflow(project: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pipeline.tracking.spool.RETRY_SECONDS", 0.05)
-    run = Run.begin("one", {}, {})
+    monkeypatch.setattr("pipeline.tracking.sender.RETRY_SECONDS", 0.05)
+    run = begun()
     real, outage = MlflowClient.log_batch, {"left": 3}
 
     def unsteady(client: MlflowClient, *args: Any, **kwargs: Any) -> Any:
@@ -104,18 +115,18 @@ def test_the_sender_survives_an_outage_and_the_numbers_arrive_in_mlflow(project:
 
     monkeypatch.setattr(MlflowClient, "log_batch", unsteady)
     spool = Spool(project / "s.jsonl", run.id)
-    sender = Sender(run.client, spool, interval=0.01)
+    sender = Sender(spool, client=connect(), interval=0.01)
     for step in range(100):
         spool.metrics({"k0": float(step)}, step)
         time.sleep(0.002)
     assert sender.close()
     assert outage["left"] == 0
-    assert history(run.client, run.id, "k0") == [(step, float(step)) for step in range(100)]
+    assert history(connect(), run.id, "k0") == [(step, float(step)) for step in range(100)]
 
 
 def test_a_server_away_till_the_end_leaves_all_for_later(tmp_path: Path):
     spool, server = spool_of(tmp_path / "s.jsonl", 5), Server(away=range(1, 100))
-    assert not Sender(server, spool, interval=60).close()  # type: ignore[arg-type]
+    assert not Sender(spool, client=server, interval=60).close()  # type: ignore[arg-type]
     server.away.clear()
     assert send(server, spool.path) == 5  # type: ignore[arg-type]
 
@@ -150,16 +161,33 @@ def test_an_emptied_note_of_the_sent_bytes_means_sending_again(tmp_path: Path):
 
 
 def test_files_are_uploaded_and_a_deleted_one_holds_nothing_up(project: Path):
-    run = Run.begin("one", {}, {})
+    run, client = begun(), connect()
     spool = Spool(project / "s.jsonl", run.id)
     kept, gone = project / "kept.txt", project / "gone.txt"
     kept.write_text("kept")
     spool.artifact(gone, "checkpoints")
     spool.artifact(kept, "checkpoints")
     spool.metrics({"k0": 1.0}, 1)
-    send(run.client, spool.path)
-    assert [file.path for file in run.client.list_artifacts(run.id, "checkpoints")] == ["checkpoints/kept.txt"]
-    assert history(run.client, run.id, "k0") == [(1, 1.0)]
+    send(client, spool.path)
+    assert [file.path for file in client.list_artifacts(run.id, "checkpoints")] == ["checkpoints/kept.txt"]
+    assert history(client, run.id, "k0") == [(1, 1.0)]
+
+
+def test_pictures_and_curves_get_their_steps(project: Path):
+    run, client = begun(), connect()
+    for step in (100, 200):
+        Image.new("RGB", (3, 2), (step, 0, 0)).save(project / f"{step}.png")
+        run.spool.image(project / f"{step}.png", "filmstrip", step)
+    run.spool.image(project / "gone.png", "filmstrip", 300)
+    run.series("by_rank", [3.0, 5.0])
+    run.flush()
+    names = [Path(artifact.path).name for artifact in client.list_artifacts(run.id, "images")]
+    # What MLflow's page reads the steps off: key, step, time and a number, divided by +.
+    assert sorted(name.split("+")[:3] for name in names if name.endswith(".png")) == [
+        ["filmstrip", "step", "100"],
+        ["filmstrip", "step", "200"],
+    ]
+    assert history(client, run.id, "by_rank") == [(1, 3.0), (2, 5.0)]
 
 
 KILLED = """

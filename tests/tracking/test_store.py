@@ -14,10 +14,10 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.tracking.run import Run
 from pipeline.tracking.store import PRIMARY_METRIC, TrackingError, connect, experiment_id
+from tests.tracking.runs import begun
 
-BEGIN = "from pipeline.tracking.run import Run; print(Run.begin('one', {'seed': 0}, {}).id)"
+BEGIN = "from pipeline.tracking.run import Run; print(Run.begin('one', {'seed': 0}, {}).flush())"
 
 
 def begin_in_a_process(folder: Path) -> subprocess.Popen[str]:
@@ -30,10 +30,11 @@ def test_runs_go_to_the_real_checkout_not_to_dvcs_temporary_copy(project: Path, 
     copy = project / "copy-of-dvc-exp-run-temp"
     copy.mkdir()
     monkeypatch.chdir(copy)
-    run = Run.begin("one", {"seed": 0}, {})
+    run = begun("one", {"seed": 0})
     note = copy / "note.txt"
     note.write_text("kept")
     run.artifact(note)
+    run.flush()
     stored = MlflowClient(f"sqlite:///{project}/mlflow.db").get_run(run.id)
     assert stored.info.artifact_uri == f"{(project / 'mlruns/CarRacing').as_uri()}/{run.id}/artifacts"
     assert (project / "mlruns/CarRacing" / run.id / "artifacts/note.txt").read_text() == "kept"
@@ -41,7 +42,7 @@ def test_runs_go_to_the_real_checkout_not_to_dvcs_temporary_copy(project: Path, 
 
 
 def test_mlflow_without_any_setting_finds_the_same_runs(project: Path, monkeypatch: pytest.MonkeyPatch):
-    run = Run.begin("one", {"seed": 0}, {})
+    run = begun("one", {"seed": 0})
     mlflow.set_tracking_uri(None)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert MlflowClient().get_run(run.id).info.run_name == "one"
@@ -112,10 +113,11 @@ def wait_for(url: str, process: subprocess.Popen[bytes], seconds: float = 120) -
 @pytest.mark.slow
 def test_the_server_of_the_environment_wins(server: str, bare_project: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-    run = Run.begin("one", {"seed": 7}, {})
+    run = begun("one", {"seed": 7})
     note = bare_project / "note.txt"
     note.write_text("kept")
     run.artifact(note)
+    run.flush()
     stored = MlflowClient(server).get_run(run.id)
     assert stored.data.params == {"seed": "7"}
     assert [file.path for file in MlflowClient(server).list_artifacts(run.id)] == ["note.txt"]
