@@ -161,9 +161,6 @@ class TrainParams(ObservationParams, NetworkParams):
     )
     stall_limit: Int = Field(ge=0, le=1000, description="episode ends after so many frames without a tile; 0 = never")
     early_end_penalty: float = Field(ge=0, le=1000, description="reward lost when an episode is ended by a limit above")
-    lost_lap_penalty: float = Field(
-        ge=0, le=10_000, description="reward lost when the car is lost, times the share of the lap that it had driven"
-    )
     missed_tile_penalty: float = Field(
         ge=0, le=1000, description="reward lost when a road tile is left behind unvisited"
     )

@@ -14,7 +14,7 @@ from pipeline.sim.shaping import Shaping
 
 PATH = np.array([-6, -3, 0, 2, 4, 6, 8, 10, 12, 15, 18, 21, 25, 30, 35, 40, 50, 60])
 """Road tiles whose places are told, counted from the foremost that the car has reached; a tile is 3.5 units long."""
-CAR = 20
+CAR = 19
 STATE_SIZE = CAR + 2 * len(PATH)
 KEY = "driving_state"
 
@@ -63,7 +63,6 @@ class DrivingState(gym.Wrapper[Any, Any, Any, Any]):
             shaping.frames_on_grass / 50,
             shaping.frames_stalled / 100,
             shaping.tiles_in_doubt(),
-            shaping.lap_share(),
             float(self._game.reverse),
         )
         path = self._road[(shaping.front + PATH) % len(self._road)] - (x, y)

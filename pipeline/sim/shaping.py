@@ -46,8 +46,6 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
             shaped -= self.params.early_end_penalty
             terminated = True
         self._lost = terminated and not info["lap_finished"]  # hopeless, or off the playfield
-        if self._lost:
-            shaped -= self.params.lost_lap_penalty * self.lap_share()
         if (info["lap_finished"] or self._lap_over()) and self.params.bootstrap_lap:
             # The car can't see that the lap ends here: to the learner the road goes on.
             terminated, truncated = False, True
@@ -101,10 +99,6 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
         return sum(
             not game.is_visited(place) for place in range(max(self.front - TILES_BEHIND, 0), min(self.front, n_tiles))
         )
-
-    def lap_share(self) -> float:
-        """Share of the road's tiles that have been visited."""
-        return self._tiles / len(self._car_racing.track)
 
     def _lap_over(self) -> bool:
         """The car is round, whether or not it has visited every tile."""

@@ -17,7 +17,7 @@ from tests.sim.games import Stock, held, steering, stock, train_params
 
 NO_SHAPING = {
     "grass_penalty": 0.0, "grass_limit": 0, "stall_limit": 0, "early_end_penalty": 0.0, "time_penalty": 0.0,
-    "steer_penalty": 0.0, "missed_tile_penalty": 0.0, "lost_lap_penalty": 0.0, "reverse_laps": 0.0,
+    "steer_penalty": 0.0, "missed_tile_penalty": 0.0, "reverse_laps": 0.0,
     "bootstrap_lap": False,
 }  # fmt: skip
 
@@ -55,13 +55,7 @@ def test_time_and_steering_cost_what_they_say(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_grass_costs_by_share_of_wheels_and_time_and_ends_the_episode(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = {
-        **NO_SHAPING,
-        "grass_penalty": 0.5,
-        "grass_limit": 20,
-        "early_end_penalty": 30.0,
-        "lost_lap_penalty": 90.0,
-    }
+    params = {**NO_SHAPING, "grass_penalty": 0.5, "grass_limit": 20, "early_end_penalty": 30.0}
     env = make_training_env(train_params(monkeypatch, **params), 0)
     theirs = stock()
     theirs.reset(seed=7)
@@ -74,7 +68,6 @@ def test_grass_costs_by_share_of_wheels_and_time_and_ends_the_episode(monkeypatc
         share = sum(len(wheel.tiles) == 0 for wheel in game.car.wheels) / 4
         on_grass = on_grass + 4 if share >= 0.75 else 0
         expected.append(reward - 0.5 * share * 4 - (30 if on_grass >= 20 else 0))
-    expected[-1] -= 90 * game.tile_visited_count / len(game.track)
     assert on_grass == 20  # the episode ended with the decision that reached the limit
     assert [step[1] for step in steps] == pytest.approx(expected, abs=1e-6)
     assert [step[2] for step in steps] == [False] * (len(steps) - 1) + [True]
