@@ -88,3 +88,4 @@ def start_log(folder: Path, params: TrainParams) -> None:
     logging.getLogger("pipeline").setLevel(logging.DEBUG)
     for noisy in ("alembic", "mlflow", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # of a server that is away the sender tells once
