@@ -13,6 +13,8 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
+from pipeline.sim.env import to_pedals
+
 log = logging.getLogger(__name__)
 
 EPISODES = 100
@@ -65,7 +67,7 @@ class EveryRollout(BaseCallback):
 class EpisodeStatistics(BaseCallback):
     """Log what explains the return: the shaped return, finished laps, lap time, tiles, and how the pedals are used."""
 
-    KEYS = ("shaped_return", "lap_finished", "tiles")
+    KEYS = ("shaped_return", "lap_finished", "tiles", "missed_tiles", "lost")
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,6 +90,9 @@ class EpisodeStatistics(BaseCallback):
         for name, values in zip(names, actions.T, strict=True):
             self.logger.record(f"actions/{name}_mean", float(values.mean()))
             self.logger.record(f"actions/{name}_std", float(values.std()))
+        pedals = to_pedals(actions) if actions.shape[1] == 2 else actions
+        for name, values in zip(("gas", "brake"), pedals.T[1:], strict=True):
+            self.logger.record(f"actions/{name}_use", float((values > 0).mean()))  # share of the decisions
 
 
 class Progress(BaseCallback):

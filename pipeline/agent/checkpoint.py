@@ -28,7 +28,7 @@ from pipeline.sim.vec_env import EnvState
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER_KEY = "carracing-state"
 KEPT = 3
 """Newest states kept; the last may be damaged by whatever ended the run, so older ones stand behind it."""
@@ -78,6 +78,7 @@ def capture(model: DrivingPPO, extra: Mapping[str, Any]) -> State:
     if model.device.type == "mps":
         tensors["random.mps"] = th.mps.get_rng_state()
     tensors["scaler.returns"] = th.from_numpy(model.reward_scaler.returns)
+    tensors["driving_states"] = th.from_numpy(model.states[-1])
     tensors["episode_starts"] = th.from_numpy(np.asarray(model._last_episode_starts))
     statistics = model.reward_scaler.statistics
     header = {
@@ -111,6 +112,7 @@ def restore(model: DrivingPPO, state: State) -> None:
     for key, value in header["pending_log"].items():
         model.logger.record(key, value)
     model._last_obs = model.env.restore(_env_states(tensors, model.env.num_envs))
+    model.states[-1] = tensors["driving_states"].numpy()
     model._last_episode_starts = tensors["episode_starts"].numpy().copy()
     if model.device.type == "cuda" and "random.cuda" in tensors:
         th.cuda.set_rng_state(tensors["random.cuda"], model.device)

@@ -21,6 +21,24 @@ LOG_2 = math.log(2)
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
 
+STRIDE = 4
+"""Of the first convolution, whose 8x8 windows are 2x2 blocks of this side."""
+
+
+def fold(pictures: th.Tensor) -> th.Tensor:
+    """(n, c, h, w) uint8 -> (n, h // 4, w // 4, 16 c) uint8: the pixels of each 4x4 block, in the order (y, c, x).
+
+    On blocks the first convolution is 2x2 with stride 1. Its 64 channels fill a matrix instruction's rows, of which the
+    pictures' four would use a sixteenth. Rows and columns that no window reaches are left out.
+    """
+    n, channels, height, width = pictures.shape
+    rows, columns = height // STRIDE, width // STRIDE
+    reached = pictures[:, :, : STRIDE * rows, : STRIDE * columns].contiguous()
+    words = reached.view(th.int32).view(n, channels, rows, STRIDE, columns)  # four pixels of a row move as one
+    blocks = words.permute(0, 2, 4, 3, 1).contiguous()
+    return blocks.view(th.uint8).view(n, rows, columns, STRIDE * STRIDE * channels)
+
+
 class ConvFeatures(BaseFeaturesExtractor):
     """The three convolutions of Mnih et al. (2015), of any width: (n, c, h, w) uint8 -> (n, features_dim) float32.
 
@@ -49,14 +67,22 @@ class ConvFeatures(BaseFeaturesExtractor):
         self.linear = nn.Sequential(nn.Linear(n_flat, features_dim), nn.ReLU())
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
-        """(n, c, h, w) uint8 in 0..255 -> (n, features_dim) float32."""
-        pictures = observations.to(self.dtype, memory_format=th.channels_last)  # 0..255 is exact in bf16 too
+        """(n, c, h, w) uint8 in 0..255, or the same already :func:`fold`-ed -> (n, features_dim) float32."""
+        folded = fold(observations) if observations.shape[1:] == self._observation_space.shape else observations
+        blocks = folded.permute(0, 3, 1, 2).to(self.dtype)  # channels last in memory; 0..255 is exact in bf16 too
         first: nn.Conv2d = self.cnn[0]  # type: ignore[assignment]
         with th.autocast(observations.device.type, self.dtype, enabled=self.dtype != th.float32):
-            # The pictures' scale goes into the weights: 4,096 multiplications instead of millions.
-            hidden = nn.functional.conv2d(pictures, first.weight * (1 / 255), first.bias, first.stride)
+            # The pictures' scale goes into the weights: thousands of multiplications instead of millions.
+            hidden = nn.functional.conv2d(blocks, _on_blocks(first.weight * (1 / 255)), first.bias)
             features: th.Tensor = self.linear(self.cnn[1:](hidden))
         return features.float()
+
+
+def _on_blocks(weight: th.Tensor) -> th.Tensor:
+    """(o, c, 8, 8) weights for pictures -> (o, 16 c, 2, 2) for what :func:`fold` returns, channels last."""
+    o, c = weight.shape[:2]
+    windows = weight.reshape(o, c, 2, STRIDE, 2, STRIDE).permute(0, 2, 4, 3, 1, 5)
+    return windows.reshape(o, 2, 2, -1).permute(0, 3, 1, 2)
 
 
 class BetaDistribution(Distribution):
@@ -120,7 +146,12 @@ class BetaDistribution(Distribution):
 
 
 class DrivingNetwork(ActorCriticCnnPolicy):
-    """SB3's actor-critic over :class:`ConvFeatures`, with a Beta head as one more choice of distribution."""
+    """SB3's actor-critic over :class:`ConvFeatures`, with a Beta head as one more choice of distribution.
+
+    With ``state_size`` it has a second critic, which reads the simulator's state instead of the picture and which only
+    the training asks (Pinto et al. 2017, "Asymmetric actor critic for image-based robot learning"): what the picture
+    hides is no noise in its advantages. The first one goes on learning from the same returns.
+    """
 
     def __init__(
         self,
@@ -128,15 +159,18 @@ class DrivingNetwork(ActorCriticCnnPolicy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         action_head: Literal["beta", "gaussian", "gsde"] = "beta",
+        state_size: int = 0,
         **kwargs: Any,
     ) -> None:
-        self.action_head = action_head
+        self.action_head, self.state_size = action_head, state_size
         kwargs["use_sde"] = action_head == "gsde"  # PPO passes its own, equal, value
         super().__init__(observation_space, action_space, lr_schedule, normalize_images=False, **kwargs)
         # Not earlier: orthogonal initialisation needs contiguous weights.
         self.to(memory_format=th.channels_last)  # type: ignore[call-overload]
 
     def _build(self, lr_schedule: Schedule) -> None:
+        if self.state_size:
+            self.state_critic = state_critic(self.state_size)
         if self.action_head != "beta":
             super()._build(lr_schedule)
             return
@@ -169,6 +203,14 @@ class DrivingNetwork(ActorCriticCnnPolicy):
     def predict_values(self, obs: Any) -> th.Tensor:
         """(n, 1) values at observations (n, c, h, w) uint8."""
         return self.value_net(self.mlp_extractor.forward_critic(self.extract_features(obs)))  # type: ignore[no-any-return]
+
+
+def state_critic(state_size: int, width: int = 256) -> nn.Sequential:
+    """The training's critic: (n, state_size) float32 -> (n, 1)."""
+    layers = nn.Linear(state_size, width), nn.Linear(width, width), nn.Linear(width, 1)
+    for layer, gain in zip(layers, (2**0.5, 2**0.5, 1.0), strict=True):
+        ActorCriticCnnPolicy.init_weights(layer, gain)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
 
 def network_kwargs(network: NetworkParams, dtype: th.dtype = th.float32) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class Policy:
         observation: Frame skip, stack, size, colour and action axes the network was trained with.
         network: Shape of the network.
         info: What else the file says of its training (agent steps, versions), as JSON values.
+        weights: What the file holds, with the critic that only a training asks if it is there.
     """
 
     def __init__(
@@ -60,9 +61,9 @@ class Policy:
         network: NetworkParams,
         info: dict[str, Any],
     ) -> None:
-        self.observation, self.network, self.info = observation, network, info
+        self.observation, self.network, self.info, self.weights = observation, network, info, weights
         self.module = build_network(observation, network)
-        load_weights(self.module, weights)
+        load_weights(self.module, driving(weights))
         self.module.set_training_mode(False)
 
     def predict(self, observations: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -83,6 +84,8 @@ class Policy:
 def load_weights(module: DrivingNetwork, weights: dict[str, th.Tensor]) -> None:
     """Copy weights into a network of the same shape, else raise :class:`PolicyError`."""
     expected = without_aliases(module.state_dict())
+    if len(driving(weights)) == len(weights):
+        expected = driving(expected)  # a policy trained without it, or shipped: the training's critic starts afresh
     wrong = [k for k in expected.keys() | weights.keys() if _shape(expected, k) != _shape(weights, k)]
     if wrong:
         key = min(wrong)
@@ -106,12 +109,21 @@ def warm_start(params: TrainParams) -> dict[str, th.Tensor]:
     if wrong:
         differences = "; ".join(f"{key}: expected {theirs[key]}, got {getattr(params, key)}" for key in wrong)
         raise PolicyError(f"warm_start: {path} was trained with other parameters: {differences}")
-    return without_aliases(initial.module.state_dict())
+    return initial.weights if params.privileged_critic else driving(initial.weights)
 
 
 def without_aliases(weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
     """SB3 lists the shared features extractor three times; keep it once."""
-    return {k: v for k, v in weights.items() if not k.startswith(("pi_features_extractor.", "vf_features_extractor."))}
+    return _without(weights, "pi_features_extractor.", "vf_features_extractor.")
+
+
+def driving(weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
+    """The weights that drive, and the picture's critic: all but the critic that only a training asks."""
+    return _without(weights, "state_critic.")
+
+
+def _without(weights: dict[str, th.Tensor], *prefixes: str) -> dict[str, th.Tensor]:
+    return {name: weight for name, weight in weights.items() if not name.startswith(prefixes)}
 
 
 def _shape(tensors: dict[str, th.Tensor], key: str) -> tuple[int, ...] | None:

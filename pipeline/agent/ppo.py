@@ -22,32 +22,36 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from pipeline.agent.hardware import choose_device, choose_dtype
-from pipeline.agent.network import DrivingNetwork, network_kwargs
+from pipeline.agent.network import DrivingNetwork, fold, network_kwargs
 from pipeline.agent.reward import RewardScaler
 from pipeline.config import TrainParams, cores
+from pipeline.sim.driving_state import KEY as STATE
+from pipeline.sim.driving_state import STATE_SIZE
 from pipeline.sim.vec_env import SharedMemoryVecEnv
 
+NO_STATE = np.zeros(0, np.float32)
 UPDATE_STATISTICS = (
     "policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "loss"
 )  # fmt: skip
+APPROX_KL = UPDATE_STATISTICS.index("approx_kl")
 
 
 class Rollout(NamedTuple):
-    """What an update needs of n decisions: observations (n, h, w, c) uint8, actions (n, action_dim), the rest (n,).
+    """What an update needs of n decisions: observations (n, h // 4, w // 4, 16 c) uint8, the rest (n, ...) float32.
 
-    Channels are last in memory, as the convolutions want them: transposed once a rollout, not once a minibatch.
+    Observations lie as the convolutions want them: folded once a rollout, not once a minibatch.
     """
 
     observations: th.Tensor
+    states: th.Tensor
     actions: th.Tensor
     log_probs: th.Tensor
     advantages: th.Tensor
     returns: th.Tensor
 
     def pick(self, rows: th.Tensor) -> Rollout:
-        """The decisions at these rows, with observations (n, c, h, w)."""
-        observations, *rest = (tensor.index_select(0, rows) for tensor in self)  # 18 times as fast as tensor[rows]
-        return Rollout(observations.permute(0, 3, 1, 2), *rest)
+        """The decisions at these rows."""
+        return Rollout(*(tensor.index_select(0, rows) for tensor in self))  # 18 times as fast as tensor[rows]
 
 
 class DrivingPPO(PPO):
@@ -72,6 +76,8 @@ class DrivingPPO(PPO):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.reward_scaler, self.generator, self.update_threads = reward_scaler, generator, update_threads
+        # What the state critic reads before each decision of the rollout, and after the last one.
+        self.states = np.zeros((self.n_steps + 1, self.n_envs, self.policy.state_size), np.float32)
 
     def restore_episodes(self, episodes: Sequence[dict[str, Any]]) -> None:
         """Refill the running statistics of the latest episodes, oldest first."""
@@ -97,6 +103,9 @@ class DrivingPPO(PPO):
         assert isinstance(self._last_obs, np.ndarray)
         pictures = rollout_buffer.observations  # (n_steps, n_envs, c, h, w) uint8; copied here from the workers, once
         pictures[0] = self._last_obs
+        self.states[0] = self.states[-1]
+        if self.num_timesteps == 0:
+            self._tell_states(0, [{} for _ in env.reset_infos], np.ones(env.num_envs, bool))
         last_pictures = np.empty_like(pictures[0])
 
         for step in range(n_rollout_steps):
@@ -107,13 +116,14 @@ class DrivingPPO(PPO):
                 if step > 0:
                     infos += self._receive(env, group, pictures[step], rewards[step - 1], dones[step - 1])
                 env.send(group, self._act(rollout_buffer, step, rows))
-            if step > 0 and not self._after_step(
-                callback, rewards[step - 1], dones[step - 1], bootstrap[step - 1], infos
-            ):
-                return False
+            if step > 0:
+                self._tell_states(step, infos, dones[step - 1])
+                if not self._after_step(callback, rewards[step - 1], dones[step - 1], bootstrap[step - 1], infos):
+                    return False
         infos = []
         for group in range(len(env.groups)):
             infos += self._receive(env, group, last_pictures, rewards[-1], dones[-1])
+        self._tell_states(n_rollout_steps, infos, dones[-1])
         if not self._after_step(callback, rewards[-1], dones[-1], bootstrap[-1], infos):
             return False
 
@@ -123,9 +133,10 @@ class DrivingPPO(PPO):
             rollout_buffer.rewards[step] = self.reward_scaler(rewards[step], dones[step]) + bootstrap[step]
         rollout_buffer.pos, rollout_buffer.full = n_rollout_steps, True
         self._last_obs, self._last_episode_starts = last_pictures, dones[-1]
-        with th.no_grad():
-            last_values = self.policy.predict_values(self._to_device(last_pictures))
-        rollout_buffer.compute_returns_and_advantage(last_values, dones[-1])
+        if self.policy.state_size:
+            rollout_buffer.values[:] = self._state_values(self.states[:-1])
+        last_values = self._values(last_pictures, self.states[-1])
+        rollout_buffer.compute_returns_and_advantage(th.from_numpy(last_values), dones[-1])
         callback.on_rollout_end()
         return True
 
@@ -141,6 +152,26 @@ class DrivingPPO(PPO):
         rows = env.groups[group]
         pictures[rows], rewards[rows], dones[rows], infos = env.receive(group)
         return infos
+
+    def _tell_states(self, step: int, infos: list[dict[str, Any]], begun: NDArray[np.bool_]) -> None:
+        """Note the states before decision ``step``: those of the infos, or of the resets where an episode has begun."""
+        if self.policy.state_size:
+            sources = zip(infos, self.env.reset_infos, begun, strict=True)
+            self.states[step] = [(reset if new else info)[STATE] for info, reset, new in sources]
+
+    def _values(self, observations: NDArray[np.uint8], states: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(n,) what the critic of the advantages expects at observations (n, c, h, w) and states (n, state_size)."""
+        if self.policy.state_size:
+            return self._state_values(states)
+        with th.no_grad():
+            values: NDArray[np.float32] = self.policy.predict_values(self._to_device(observations)).cpu().numpy()[:, 0]
+        return values
+
+    def _state_values(self, states: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The state critic's values, (...) of states (..., state_size)."""
+        with th.no_grad():
+            values: NDArray[np.float32] = self.policy.state_critic(self._to_device(states)).cpu().numpy()[..., 0]
+        return values
 
     def _act(self, buffer: RolloutBuffer, step: int, rows: slice) -> NDArray[np.float32]:
         """Choose actions for one group's pictures, and store what the update needs of it."""
@@ -165,33 +196,43 @@ class DrivingPPO(PPO):
         self.num_timesteps += len(infos)
         for index in np.flatnonzero(dones):
             if infos[index].get("TimeLimit.truncated"):
-                last = self._to_device(infos[index]["terminal_observation"][None])
-                with th.no_grad():
-                    bootstrap[index] = self.gamma * self.policy.predict_values(last).item()
+                last, state = infos[index]["terminal_observation"], infos[index].get(STATE, NO_STATE)
+                bootstrap[index] = self.gamma * self._values(last[None], state[None])[0]
         self._update_info_buffer(infos, dones)
         callback.update_locals({"infos": infos, "rewards": rewards, "dones": dones})
         return callback.on_step()
 
     def train(self) -> None:
-        """Improve the policy on the rollout: ``n_epochs`` passes in shuffled minibatches.
+        """Improve the policy on the rollout: ``n_epochs`` passes in shuffled minibatches, fewer beyond ``target_kl``.
 
-        The losses are SB3's. What differs is the way of the data: minibatches are picked from one uint8 tensor that
-        lies as the convolutions want it, and numbers for the log stay on the device until the end.
+        The losses and the limit are SB3's. What differs is the way of the data: minibatches are picked from one uint8
+        tensor that lies as the convolutions want it, and numbers for the log stay on the device until the end.
         """
         self.policy.set_training_mode(True)
         th.set_num_threads(self.update_threads)
         self._update_learning_rate(self.policy.optimizer)
         clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         data = self._flat_rollout()
-        size = len(data.advantages)
         statistics: list[th.Tensor] = []
         for _ in range(self.n_epochs):
-            order = th.from_numpy(self.generator.permutation(size)).to(self.device)
-            for start in range(0, size, self.batch_size):
-                batch = data.pick(order[start : start + self.batch_size])
-                statistics.append(self._gradient_step(batch, clip_range))
+            near = self._pass_over(data, clip_range, statistics)
             self._n_updates += 1
+            if not near:
+                break
         self._record_update(th.stack(statistics).mean(dim=0).tolist(), clip_range)
+
+    def _pass_over(self, data: Rollout, clip_range: float, statistics: list[th.Tensor]) -> bool:
+        """One pass; adds each minibatch's statistics. Returns False if it ended early, beyond ``target_kl``."""
+        size = len(data.advantages)
+        order = th.from_numpy(self.generator.permutation(size)).to(self.device)
+        for start in range(0, size, self.batch_size):
+            batch = data.pick(order[start : start + self.batch_size])
+            loss, numbers = self._loss(batch, clip_range)
+            statistics.append(numbers)
+            if self.target_kl is not None and numbers[APPROX_KL] > 1.5 * self.target_kl:
+                return False
+            self._descend(loss, batch)
+        return True
 
     def _flat_rollout(self) -> Rollout:
         buffer = self.rollout_buffer
@@ -202,12 +243,12 @@ class DrivingPPO(PPO):
             return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
         return Rollout(
-            flat(buffer.observations).permute(0, 2, 3, 1).contiguous(), flat(buffer.actions), flat(buffer.log_probs),
-            flat(buffer.advantages), flat(buffer.returns),
+            fold(flat(buffer.observations)), flat(self.states[:-1]), flat(buffer.actions),
+            flat(buffer.log_probs), flat(buffer.advantages), flat(buffer.returns),
         )  # fmt: skip
 
-    def _gradient_step(self, batch: Rollout, clip_range: float) -> th.Tensor:
-        """One minibatch; returns policy loss, value loss, entropy loss, approximate KL, clipped share, loss."""
+    def _loss(self, batch: Rollout, clip_range: float) -> tuple[th.Tensor, th.Tensor]:
+        """PPO's loss on a minibatch, and its ``UPDATE_STATISTICS``."""
         values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, batch.actions)
         advantages = batch.advantages
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -218,14 +259,23 @@ class DrivingPPO(PPO):
         value_loss = nn.functional.mse_loss(values.flatten(), batch.returns)
         entropy_loss = log_prob.mean() if entropy is None else -entropy.mean()
         loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
-        self.policy.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        self.policy.optimizer.step()
         with th.no_grad():
             approx_kl = ((ratio - 1) - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
             clip_fraction = ((ratio - 1).abs() > clip_range).float().mean()
-            return th.stack([policy_loss, value_loss, entropy_loss, approx_kl, clip_fraction, loss]).detach()
+            numbers = th.stack([policy_loss, value_loss, entropy_loss, approx_kl, clip_fraction, loss])
+        return loss, numbers
+
+    def _descend(self, loss: th.Tensor, batch: Rollout) -> None:
+        """One step of the optimizer; gradients of the policy and of the state critic are clipped each by itself."""
+        self.policy.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        if self.policy.state_size:
+            critic = self.policy.state_critic
+            critic_loss = nn.functional.mse_loss(critic(batch.states).flatten(), batch.returns)
+            critic_loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(critic.parameters(), self.max_grad_norm)
+        self.policy.optimizer.step()
 
     def _record_update(self, means: list[float], clip_range: float) -> None:
         """Log what SB3 logs of an update, under its names."""
@@ -251,8 +301,8 @@ class DrivingPPO(PPO):
         if isinstance(distribution, StateDependentNoiseDistribution) and rows.stop > rows.start:
             distribution.exploration_matrices, distribution.exploration_mat = self._noise[rows], self._noise[rows.start]
 
-    def _to_device(self, observations: NDArray[np.uint8]) -> th.Tensor:
-        return th.from_numpy(observations).to(self.device, non_blocking=True)
+    def _to_device(self, array: NDArray[Any]) -> th.Tensor:
+        return th.from_numpy(array).to(self.device, non_blocking=True)
 
 
 def schedule(kind: str, initial: float) -> Callable[[float], float]:
@@ -287,9 +337,14 @@ def build_model(params: TrainParams, env: SharedMemoryVecEnv) -> DrivingPPO:
         ent_coef=params.ent_coef,
         vf_coef=params.vf_coef,
         max_grad_norm=params.max_grad_norm,
+        target_kl=params.target_kl or None,
         use_sde=params.action_head == "gsde",
         sde_sample_freq=params.sde_sample_freq,
-        policy_kwargs={**network_kwargs(params, dtype), "optimizer_kwargs": {"eps": 1e-5, "fused": True}},
+        policy_kwargs={
+            **network_kwargs(params, dtype),
+            "state_size": STATE_SIZE if params.privileged_critic else 0,
+            "optimizer_kwargs": {"eps": 1e-5, "fused": True},
+        },
         device=device,
         generator=np.random.default_rng(params.seed),
         update_threads=params.num_threads or cores(),

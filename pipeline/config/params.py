@@ -143,18 +143,27 @@ class TrainParams(ObservationParams, NetworkParams):
     gamma: Probability = Field(description="discount per decision")
     gae_lambda: Probability = Field(description="GAE's bias-variance factor")
     clip_range: Positive = Field(le=1, description="PPO's clip of the probability ratio")
+    target_kl: float = Field(
+        ge=0, le=10, description="an update stops when the policy has moved so far (KL, nats); 0 = no limit"
+    )
     ent_coef: float = Field(ge=0, le=1, description="weight of the entropy bonus")
+    privileged_critic: bool = Field(
+        description="advantages from a critic that reads the simulator's state; the policy sees pictures alone"
+    )
     vf_coef: float = Field(ge=0, le=10, description="weight of the value loss")
     max_grad_norm: Positive = Field(le=1000, description="gradient norm is clipped to this")
     reward_clip: float = Field(ge=0, le=1000, description="training reward is clipped to +- this; 0 = not clipped")
     normalize_reward: bool = Field(description="divide the training reward by the running std of the return")
     sde_sample_freq: Int = Field(ge=-1, le=1000, description="decisions between new noise (gsde); -1 = once a rollout")
-    grass_penalty: float = Field(ge=0, le=10, description="reward lost per world unit driven with all wheels on grass")
+    grass_penalty: float = Field(ge=0, le=10, description="reward lost per frame with all wheels on grass")
     grass_limit: Int = Field(
         ge=0, le=1000, description="episode ends after so many frames with 3 wheels off; 0 = never"
     )
     stall_limit: Int = Field(ge=0, le=1000, description="episode ends after so many frames without a tile; 0 = never")
     early_end_penalty: float = Field(ge=0, le=1000, description="reward lost when an episode is ended by a limit above")
+    lost_lap_penalty: float = Field(
+        ge=0, le=10_000, description="reward lost when the car is lost, times the share of the lap that it had driven"
+    )
     missed_tile_penalty: float = Field(
         ge=0, le=1000, description="reward lost when a road tile is left behind unvisited"
     )

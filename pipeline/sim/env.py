@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from pipeline.config import FIRST_TRAINING_TRACK, ObservationParams, TrainParams
 from pipeline.sim.car_racing import LazyCarRacing
+from pipeline.sim.driving_state import DrivingState
+from pipeline.sim.shaping import Shaping
 
 Observation = NDArray[np.uint8]
 Step = tuple[Any, float, bool, bool, dict[str, Any]]
-TILES_BEHIND = 5
-"""A tile so far behind the foremost wheel, 17 units, can't be visited any more without turning back."""
 OnFrame = Callable[[gym.Env[Any, Any], int, Any, float], None]
 
 
@@ -85,92 +85,6 @@ def to_pedals(action: NDArray[np.float32]) -> NDArray[np.float32]:
     """(..., 2) steer and throttle -> (..., 3) steer [-1, 1], gas [0, 1], brake [0, 1]."""
     steer, throttle = action[..., 0], action[..., 1]
     return np.stack([steer, np.maximum(throttle, 0), np.maximum(-throttle, 0)], axis=-1).astype(np.float32)
-
-
-class Shaping(gym.Wrapper[Any, Any, Any, Any]):
-    """The training reward: the game's own, less penalties; and an early end of hopeless episodes.
-
-    Scores never see this wrapper. At its end an episode tells ``info["episode"]``: the game's own return ``r``, its
-    length ``l`` in decisions (SB3's names), and what explains them.
-    Speeds are in world units/s, so ``speed / 50`` is the way of one frame at 50 frames/s.
-    """
-
-    def __init__(self, env: gym.Env[Any, Any], params: TrainParams) -> None:
-        super().__init__(env)
-        self.params = params
-        self._car_racing: LazyCarRacing = env.unwrapped  # type: ignore[assignment]
-        self._begin()
-
-    def _begin(self) -> None:
-        self._raw_return = self._shaped_return = self._steer = 0.0
-        self._decisions = self._frames = self._frames_on_grass = self._frames_stalled = self._tiles = 0
-        self._front = self._missed = 0
-
-    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        self._begin()
-        return self.env.reset(**kwargs)
-
-    def step(self, action: NDArray[np.float32]) -> Step:
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        self._decisions += 1
-        self._raw_return += float(reward)
-        shaped = float(reward) - self._penalties(action)
-        if not (terminated or truncated) and self._hopeless():
-            shaped -= self.params.early_end_penalty
-            terminated = True
-        if (info["lap_finished"] or self._lap_over()) and self.params.bootstrap_lap:
-            # The car can't see that the lap ends here: to the learner the road goes on.
-            terminated, truncated = False, True
-        self._shaped_return += shaped
-        if terminated or truncated:
-            info["episode"] = self._summary(info)
-        return observation, shaped, terminated, truncated, info
-
-    def _summary(self, info: dict[str, Any]) -> dict[str, float]:
-        return {
-            "r": self._raw_return,
-            "l": self._decisions,
-            "shaped_return": self._shaped_return,
-            "lap_finished": float(info["lap_finished"]),
-            "lap_time": info["lap_time"],
-            "tiles": info["tiles"] / info["n_tiles"],
-            "missed_tiles": self._missed,
-        }
-
-    def _penalties(self, action: NDArray[np.float32]) -> float:
-        params, car = self.params, self._car_racing
-        frames = car.frames - self._frames
-        off_road = car.wheels_on_grass()
-        self._frames = car.frames
-        self._frames_on_grass = self._frames_on_grass + frames if off_road >= 0.75 else 0
-        self._frames_stalled = 0 if car.tile_visited_count > self._tiles else self._frames_stalled + frames
-        self._tiles = car.tile_visited_count
-        steer_change = float(action[0]) - self._steer
-        self._steer = float(action[0])
-        missed = self._missed
-        self._missed += self._newly_missed()
-        return (
-            params.missed_tile_penalty * (self._missed - missed)
-            + params.grass_penalty * off_road * car.speed() / 50 * frames
-            + params.time_penalty * frames
-            + params.steer_penalty * steer_change**2
-        )
-
-    def _newly_missed(self) -> int:
-        """Tiles that the car has now left behind unvisited: each will keep the lap from being finished."""
-        n_tiles, game = len(self._car_racing.track), self._car_racing
-        before = max(self._front - TILES_BEHIND, 0)
-        self._front = game.progress(self._front)
-        behind = min(self._front - TILES_BEHIND, n_tiles)
-        return sum(not game.is_visited(place) for place in range(before, behind))
-
-    def _lap_over(self) -> bool:
-        """The car is round, whether or not it has visited every tile."""
-        return self._front >= len(self._car_racing.track)
-
-    def _hopeless(self) -> bool:
-        grass, stall = self.params.grass_limit, self.params.stall_limit
-        return bool((grass and self._frames_on_grass >= grass) or (stall and self._frames_stalled >= stall))
 
 
 class Preprocess(gym.ObservationWrapper[Any, Any, Any]):
@@ -297,7 +211,9 @@ def make_training_env(params: TrainParams, index: int) -> TrackSequence:
     gray = {"grayscale": params.grayscale} if params.env_id == FAST else {}
     game = FAST if params.env_id == FAST else STOCK
     env: gym.Env[Any, Any] = FrameSkip(gym.make(game, disable_env_checker=True, **gray), params.frame_skip)
-    env = Shaping(_driven(env, params), params)
+    env = shaped = Shaping(_driven(env, params), params)
+    if params.privileged_critic:
+        env = DrivingState(shaped)
     return TrackSequence(_observed(env, params), params.seed, index, params.reverse_laps)
 
 

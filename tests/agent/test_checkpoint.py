@@ -82,7 +82,9 @@ def test_resumed_equals_uninterrupted(params: TrainParams, tmp_path: Path, n_wor
 
 @pytest.fixture
 def state() -> checkpoint.State:
-    return checkpoint.State({"weights": th.arange(1000.0)}, {"format": 1, "num_timesteps": 7, "extra": {}})
+    return checkpoint.State(
+        {"weights": th.arange(1000.0)}, {"format": checkpoint.FORMAT_VERSION, "num_timesteps": 7, "extra": {}}
+    )
 
 
 def at(state: checkpoint.State, steps: int) -> checkpoint.State:

@@ -10,7 +10,7 @@ from scipy import stats
 from stable_baselines3.common.torch_layers import NatureCNN
 
 from pipeline.agent.hardware import choose_dtype
-from pipeline.agent.network import BetaDistribution, ConvFeatures, DrivingNetwork, network_kwargs
+from pipeline.agent.network import BetaDistribution, ConvFeatures, DrivingNetwork, fold, network_kwargs
 from pipeline.agent.policy import build_network, spaces_of
 from pipeline.config import NetworkParams, ObservationParams
 
@@ -101,6 +101,17 @@ def test_at_full_width_the_features_are_nature_cnns() -> None:
         got = ours(pictures())
     assert got.dtype == th.float32
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(4, 84), (9, 96), (4, 67), (1, 36)])
+def test_folded_pictures_give_the_convolutions_of_the_unfolded(channels: int, size: int) -> None:
+    """Also where the windows don't reach the last rows and columns (67)."""
+    pictures = th.randint(0, 256, (3, channels, size, size), dtype=th.uint8)
+    extractor = ConvFeatures(spaces.Box(0, 255, (channels, size, size), np.uint8), [8, 8, 8], 16)
+    with th.no_grad():
+        expected = extractor.linear(extractor.cnn(pictures / 255))
+        assert th.equal(extractor(fold(pictures)), extractor(pictures))
+        assert th.allclose(extractor(pictures), expected, atol=1e-5)
 
 
 def test_bf16_features_are_near_float32s() -> None:

@@ -77,9 +77,22 @@ def test_a_warm_start_takes_over_the_weights_whatever_the_frame_skip(saved: Path
         model = build_model(params, env)
         policies.load_weights(model.policy, policies.warm_start(params))
         expected = load(saved).module.state_dict()
-        assert all(th.equal(weights, expected[name]) for name, weights in model.policy.state_dict().items())
+        taken = policies.driving(model.policy.state_dict())
+        assert len(taken) == len(expected)
+        assert all(th.equal(weights, expected[name]) for name, weights in taken.items())
         assert model.num_timesteps == 0
         assert not model.policy.optimizer.state
+
+
+def test_a_warm_start_takes_over_the_trainings_critic(saved: Path) -> None:
+    params = train_params(saved)
+    with closing(SharedMemoryVecEnv([partial(make_training_env, params, 0)], n_workers=0)) as env:
+        trained, fresh = build_model(params, env).policy, build_model(params, env).policy
+        th.nn.init.uniform_(trained.state_critic[0].weight)
+        save(saved, trained, params, params, steps=5)
+        policies.load_weights(fresh, policies.warm_start(params))
+    assert th.equal(fresh.state_critic[0].weight, trained.state_critic[0].weight)
+    assert not any("critic" in name for name in load(saved).module.state_dict()), "nobody asks it who plays"
 
 
 def test_a_warm_start_from_another_network_names_every_difference(saved: Path) -> None:

@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from pipeline.agent.ppo import DrivingPPO, build_model, schedule
 from pipeline.agent.reward import RewardScaler
 from pipeline.config import TrainParams, load
+from pipeline.sim.driving_state import KEY
 from pipeline.sim.env import make_training_env
 from pipeline.sim.vec_env import SharedMemoryVecEnv
 
@@ -25,7 +26,15 @@ N_ENVS, N_STEPS = 3, 80  # odd, so that the groups differ; 16 frames a decision 
 
 def parameters(**changes: object) -> TrainParams:
     small = {"n_envs": N_ENVS, "n_steps": N_STEPS, "batch_size": N_ENVS * N_STEPS, "n_epochs": 2, "num_threads": 1}
-    game = {"frame_skip": 16, "grass_limit": 0, "stall_limit": 0, "resize": 36, "precision": "fp32", "device": "cpu"}
+    game = {
+        "frame_skip": 16,
+        "grass_limit": 0,
+        "stall_limit": 0,
+        "resize": 36,
+        "precision": "fp32",
+        "device": "cpu",
+        "privileged_critic": False,
+    }
     return load(TrainParams, **{**small, **game, "total_timesteps": 1000, **changes})
 
 
@@ -107,11 +116,15 @@ def test_values_and_probabilities_are_the_policys(rolled_out: DrivingPPO) -> Non
 
 def test_advantages_are_gae(rolled_out: DrivingPPO) -> None:
     """Schulman et al. 2016, equation 16, as the plain double sum over one environment."""
-    buffer, gamma, decay = rolled_out.rollout_buffer, rolled_out.gamma, rolled_out.gamma * rolled_out.gae_lambda
     with th.no_grad():
         last = rolled_out.policy.predict_values(th.from_numpy(rolled_out._last_obs)).flatten().numpy()
+    assert_gae(rolled_out, last)
+
+
+def assert_gae(model: DrivingPPO, last: np.ndarray) -> None:
+    buffer, gamma, decay = model.rollout_buffer, model.gamma, model.gamma * model.gae_lambda
     values = np.vstack([buffer.values, last])
-    alive = 1 - np.vstack([buffer.episode_starts, rolled_out._last_episode_starts])[1:]
+    alive = 1 - np.vstack([buffer.episode_starts, model._last_episode_starts])[1:]
     deltas = buffer.rewards + gamma * values[1:] * alive - values[:-1]
     for t in range(N_STEPS):
         total, weight = np.zeros(N_ENVS), np.ones(N_ENVS)
@@ -121,15 +134,21 @@ def test_advantages_are_gae(rolled_out: DrivingPPO) -> None:
         np.testing.assert_allclose(buffer.advantages[t], total, rtol=1e-3, atol=1e-4)
 
 
-def test_update_is_stable_baselines3s() -> None:
-    """One batch is the whole rollout, so shuffling decides nothing but the order of sums."""
-    ours = build(parameters())
+@pytest.mark.parametrize(("target_kl", "passes"), [(0.0, 2), (1e-7, 2), (10.0, 2)])
+def test_update_is_stable_baselines3s(target_kl: float, passes: int) -> None:
+    """One batch is the whole rollout, so shuffling decides nothing but the order of sums.
+
+    With a tiny ``target_kl`` the second pass stops before its step: the first has moved the policy too far.
+    """
+    ours = build(parameters(target_kl=target_kl))
     _, callback = ours._setup_learn(N_ENVS * N_STEPS, CallbackList([]))
     ours.collect_rollouts(ours.env, callback, ours.rollout_buffer, N_STEPS)
     before = copy.deepcopy(ours.policy.state_dict())
     buffer = copy.deepcopy(ours.rollout_buffer)
 
     ours.train()
+    assert ours._n_updates == passes
+    assert ours.policy.optimizer.state[ours.policy.value_net.bias]["step"] == (1 if target_kl == 1e-7 else 2)
     by_us = copy.deepcopy(ours.policy.state_dict())
     ours.policy.load_state_dict(before)
     ours.policy.optimizer.state.clear()
@@ -141,6 +160,62 @@ def test_update_is_stable_baselines3s() -> None:
         moved = (theirs - before[name]).abs().max()
         assert moved > 0, f"{name} was not trained"
         assert (by_us[name] - theirs).abs().max() < 0.02 * moved, name
+
+
+@pytest.fixture(scope="module")
+def privileged() -> Iterator[DrivingPPO]:
+    """A model whose advantages come from the simulator's state, with a filled buffer, after a first rollout."""
+    model = build(parameters(privileged_critic=True))
+    _, callback = model._setup_learn(N_ENVS * N_STEPS, CallbackList([]))
+    for _ in range(2):  # the second begins where the first ended
+        model.collect_rollouts(model.env, callback, model.rollout_buffer, N_STEPS)
+    model._update_current_progress_remaining(0, 1)
+    yield model
+    model.env.close()
+
+
+def test_states_are_those_before_each_decision(privileged: DrivingPPO) -> None:
+    model = build(parameters(privileged_critic=True))
+    _, callback = model._setup_learn(N_ENVS * N_STEPS, CallbackList([]))
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, N_STEPS)
+    model.env.close()
+    for index in range(N_ENVS):
+        env = make_training_env(parameters(privileged_critic=True), index)
+        _, info = env.reset()
+        for step in range(N_STEPS):
+            np.testing.assert_array_equal(model.states[step, index], info[KEY])
+            *_, terminated, truncated, info = env.step(model.rollout_buffer.actions[step, index])
+            if terminated or truncated:
+                _, info = env.reset()
+        np.testing.assert_array_equal(model.states[-1, index], info[KEY])
+
+
+def test_advantages_are_of_the_critic_that_reads_the_state(privileged: DrivingPPO) -> None:
+    buffer = privileged.rollout_buffer
+    with th.no_grad():
+        values = privileged.policy.state_critic(th.from_numpy(privileged.states))[..., 0].numpy()
+    np.testing.assert_allclose(buffer.values, values[:-1], rtol=1e-4, atol=1e-5)
+    assert_gae(privileged, values[-1])
+
+
+def test_the_state_critic_learns_and_leaves_the_policys_update_alone(privileged: DrivingPPO) -> None:
+    """The same rollout without that critic moves the policy to the same weights."""
+    before = copy.deepcopy(privileged.policy.state_dict())
+    generator = privileged.generator.bit_generator.state
+    privileged.train()
+    after = copy.deepcopy(privileged.policy.state_dict())
+    privileged.policy.load_state_dict(before)
+    privileged.policy.optimizer.state.clear()
+    privileged.generator.bit_generator.state = generator
+    size, privileged.policy.state_size = privileged.policy.state_size, 0
+    privileged.train()
+    privileged.policy.state_size = size
+    for name, weight in privileged.policy.state_dict().items():
+        if name.startswith("state_critic."):
+            assert not th.equal(after[name], before[name])
+            assert th.equal(weight, before[name])
+        else:
+            assert th.equal(weight, after[name]), name
 
 
 @pytest.mark.parametrize("n_envs", [2, 3, 4])
