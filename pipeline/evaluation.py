@@ -15,7 +15,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+import torch as th
 from gymnasium.envs.box2d.car_racing import FPS
 from numpy.typing import NDArray
 from scipy import stats
@@ -23,6 +25,7 @@ from scipy import stats
 from pipeline.agent.policy import Policy, load
 from pipeline.config import ObservationParams, cores
 from pipeline.sim.env import make_env
+from pipeline.sim.worker import live_with_parent
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,9 @@ class Evaluator:
 
     def __init__(self, n_workers: int = 0) -> None:
         workers = n_workers or cores()
-        # spawn: the parent may hold torch threads and open databases, neither of which survives a fork.
-        self._pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_prepare_worker)
+        # spawn: the parent may hold torch threads and open databases, neither of which survives a fork. The initializer
+        # is of a small module: a worker still importing torch, 4 s, must not outlive a killed parent either.
+        self._pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=live_with_parent)
 
     def __enter__(self) -> Evaluator:
         return self
@@ -120,30 +124,10 @@ class Evaluator:
         return [future.result() for future in futures]
 
 
-def _prepare_worker() -> None:
-    import multiprocessing
-    import os
-    import signal
-    import threading
-
-    import cv2
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    parent = multiprocessing.parent_process()
-
-    def leave_with_parent() -> None:
-        if parent:
-            parent.join()  # a pool's worker never notices that its parent was killed
-            os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
 @functools.lru_cache(maxsize=2)
 def _loaded(path: Path, stamp: int, observation: ObservationParams | None) -> tuple[Policy, Any]:
+    th.set_num_threads(1)
+    cv2.setNumThreads(1)
     policy = load(path, observation)
     return policy, make_env(policy.observation)
 

@@ -49,10 +49,10 @@ def train(params: TrainParams, stop: Interrupts | None = None) -> dict[str, floa
     initial_weights = policy.warm_start(params) if params.warm_start else None
     folder = run_folder(params)
     with one_writer(folder):
-        state = checkpoint.latest(folder / "checkpoints")
-        if state is None:
+        if not checkpoint.states(folder / "checkpoints"):
             set_aside(folder)
-        start_log(folder, params)
+        start_log(folder, params)  # before the states are read: a damaged one is told there too
+        state = checkpoint.latest(folder / "checkpoints")
         interrupted = state.header["extra"]["run_id"] if state else None
         tags = {"fingerprint": params.fingerprint()}
         run = Run.begin(params.run_name, params.model_dump(), tags, folder, interrupted)

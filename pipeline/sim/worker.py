@@ -207,15 +207,20 @@ def _replay(env: Any, state: EnvState) -> NDArray[Any]:
 
 def serve(pipe: connection.Connection, shared: SharedArrays) -> None:
     """Main function of a worker process: answer orders until the parent closes its end of the pipe, or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole process group; the parent decides
+    live_with_parent()
     os.environ.update(ONE_THREAD)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
     envs = EnvSlice(shared)
     with suppress(EOFError, OSError):
         while True:
             pipe.send_bytes(_encoded(envs.answer(pickle.loads(pipe.recv_bytes()))))
             _limit_threads()
     envs.close()
+
+
+def live_with_parent() -> None:
+    """What a worker process does first: leave Ctrl-C, which goes to the whole group, to the parent, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:

@@ -88,3 +88,6 @@ def start_log(folder: Path, params: TrainParams) -> None:
     logging.getLogger("pipeline").setLevel(logging.DEBUG)
     for noisy in ("alembic", "mlflow", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Of a server that is away, or a full disk under MLflow's database, the sender tells once.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)

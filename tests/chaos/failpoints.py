@@ -20,6 +20,8 @@ from typing import Any
 
 import gymnasium as gym
 
+from pipeline.sim.env import make_training_env
+
 
 def die(point: str) -> None:
     """As ``kill -9`` would, here and now."""
@@ -188,7 +190,6 @@ def slow_rollouts(seconds: float) -> None:
 
 def time_the_spool(path: Path) -> None:
     """Write down the longest time that telling MLflow something has taken the training [s]."""
-    from pipeline.tracking.run import Run
     from pipeline.tracking.spool import Spool
 
     longest = 0.0
@@ -206,7 +207,7 @@ def time_the_spool(path: Path) -> None:
         return call
 
     Spool.put = timed(Spool.put)  # type: ignore[method-assign]
-    Run.begin = timed(Run.begin)  # type: ignore[method-assign]
+    Spool.sync = timed(Spool.sync)  # type: ignore[method-assign]
 
 
 def short_deadline(seconds: float) -> None:
@@ -238,8 +239,6 @@ class Raises(gym.Wrapper[Any, Any, Any, Any]):
 
 def make_raising_env(marks: Path, params: Any, index: int) -> gym.Env[Any, Any]:
     """The training environment, which raises once."""
-    from pipeline.sim.env import make_training_env
-
     return Raises(make_training_env(params, index), marks / f"environment-{index}")
 
 

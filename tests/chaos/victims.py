@@ -24,6 +24,7 @@ import psutil
 from ruamel.yaml import YAML
 
 from pipeline import train
+from pipeline.interrupts import is_alive
 from tests.chaos import failpoints
 from tests.conftest import MLFLOW_AND_DVC, ROOT
 
@@ -160,7 +161,7 @@ class Victim:
         until = time.monotonic() + seconds
         while len(list(self.project.glob(pattern))) < count:
             assert time.monotonic() < until, f"no {pattern} after {seconds} s:\n{self.said()[-3000:]}"
-            assert psutil.pid_exists(self.pid), self.said()[-3000:]
+            assert is_alive(psutil.Process(self.pid)), self.said()[-3000:]
             time.sleep(0.02)
 
     def survivors(self, seconds: float = 10) -> list[str]:
