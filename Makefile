@@ -13,7 +13,7 @@ PORT ?= 5000
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro demo evaluate ship promote ui tensorboard test test-slow check lint types format clean
+.PHONY: help setup repro demo watch timelapse report evaluate ship promote ui tensorboard test test-slow check lint types format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,15 @@ repro: setup ## Train, evaluate, film: what changed since the last time. CONFIG=
 demo: setup ## Watch the shipped champion drive a track it has never seen: videos/demo.mp4. TRACK=20001
 	"$(BIN)/python" -m pipeline.demo $(if $(TRACK),--track "$(TRACK)")
 
+watch: setup ## Watch the champion drive, live, with what it sees and thinks. ARGS="--human", ARGS="FILE --track 7"
+	"$(BIN)/python" -m pipeline.watch $(ARGS)
+
+timelapse: setup ## Film how the newest training learned to drive: videos/timelapse.mp4
+	"$(BIN)/python" -m pipeline.timelapse $(ARGS)
+
+report: setup ## One page about the run of this checkout, or about RUNS="a b": report.html
+	"$(BIN)/python" -m pipeline.report $(RUNS)
+
 evaluate: setup ## Score a policy file on the held-out tracks, as JSON. POLICY=models/best_model.safetensors
 	"$(BIN)/python" -m pipeline.evaluate --policy "$(POLICY)" --json -
 
@@ -53,7 +62,7 @@ promote: setup ## Register the policy; it becomes champion if it beats the prese
 ui: setup ## MLflow's pages: runs, films, registry. PORT=5000
 	"$(BIN)/mlflow" ui --host 127.0.0.1 --port "$(PORT)"
 
-tensorboard: setup ## Curves of all runs
+tensorboard: setup ## Curves, film strips and action histograms of all runs; http://127.0.0.1:6006
 	"$(BIN)/tensorboard" --logdir runs --host 127.0.0.1
 
 bench: setup ## Speed of every part against stock, in one run. ARGS="--peers", ARGS="--tune --apply"

@@ -30,14 +30,11 @@ def demo(params: PromoteParams, policy_path: Path = CHAMPION, track: int | None 
         TrackingError: MLflow can't be used.
         FilmError: The film can't be written.
     """
-    import cv2
-    import torch
-
     from pipeline.agent.policy import load
+    from pipeline.evaluation import one_thread
     from pipeline.filming import film
 
-    torch.set_num_threads(1)  # as in the evaluation, so the same track gives the same drive
-    cv2.setNumThreads(1)
+    one_thread()
     policy = load(policy_path)
     track = new_track(params.tracks) if track is None else track
     _, episode = film(policy, track, FILM, 50, policy_path.stem)

@@ -59,7 +59,7 @@ class TrainingWindows(BaseCallback):
         observations = arguments[0]
         if not len(observations):
             return  # the second group of a single environment
-        if CLOSING.intersection(self.viewer.keys()):
+        if CLOSING.intersection(self.viewer.pressed()):
             self.close()
         elif self._decisions % self.look.every == 0:
             self._show(observations[0].cpu().numpy())

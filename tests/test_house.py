@@ -31,6 +31,8 @@ MAY_IMPORT = {
     "tracking": {"sim", "config"},
     "media": {"sim", "config"},
     "evaluation": {"agent", "sim", "config"},
+    "policy_source": {"agent", "tracking", "sim", "config"},
+    "racing": {"evaluation", "agent", "media", "sim", "config"},
     "live": {"agent", "media", "sim", "config"},
     "filming": {"evaluation", "agent", "media", "sim", "config"},
 }

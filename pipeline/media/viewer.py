@@ -70,7 +70,7 @@ class Viewer:
         self._windows[name] = window
         return window
 
-    def keys(self) -> list[str]:
+    def pressed(self) -> list[str]:
         """Keys pressed since the last call, by SDL's names (``a``, ``space``); ``close`` for a closed window."""
         self._pump()
         pressed, self._keys = self._keys, []

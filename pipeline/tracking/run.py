@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 RUN_ID_FILE = Path("metrics/mlflow.json")
 RESTORED_FROM = "restored_from"
 MAX_PARAM_LENGTH = 6000
+MAX_BATCH = 1000
+"""Metrics that MLflow takes in one request."""
 
 
 class Run:
@@ -87,6 +89,18 @@ class Run:
                 raise
         return cls(client, _restored(client, run_id, name))
 
+    @classmethod
+    def of_folder(cls, folder: Path) -> Run | None:
+        """The run that a run folder's training wrote to; None where this store doesn't know it."""
+        client = connect()
+        for spool in folder.glob("spool-*.jsonl"):
+            try:
+                return cls(client, client.get_run(spool.stem.removeprefix("spool-")).info.run_id)
+            except MlflowException as error:
+                if not is_missing(error):
+                    raise
+        return None
+
     def params(self, params: Mapping[str, Any]) -> None:
         """Log parameters; lists as JSON."""
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in params.items()}
@@ -97,6 +111,15 @@ class Run:
         """Log one batch of metrics."""
         now = int(time.time() * 1000)
         self.client.log_batch(self.id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
+
+    def series(self, key: str, values: Sequence[float]) -> None:
+        """Log a curve that MLflow draws, and lays over those of other runs: step 1 is the first value."""
+        now = int(time.time() * 1000)
+        for start in range(0, len(values), MAX_BATCH):
+            batch = values[start : start + MAX_BATCH]
+            self.client.log_batch(
+                self.id, metrics=[Metric(key, float(v), now, start + n) for n, v in enumerate(batch, 1)]
+            )
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from PIL import Image
 
 from pipeline.tracking.store import first_line
 
@@ -48,11 +49,16 @@ class Spool:
 
     def artifact(self, path: Path, folder: str) -> None:
         """Append a file to upload; until it is sent it must stay where it is, beside the spool or anywhere."""
-        place = path.resolve()
-        beside = self.path.parent.resolve()
-        self._put(
-            {"artifact": str(place.relative_to(beside) if place.is_relative_to(beside) else place), "folder": folder}
-        )
+        self._put({"artifact": self._place(path), "folder": folder})
+
+    def _place(self, path: Path) -> str:
+        """A file's place as seen from the spool, so that the folder can be moved."""
+        place, beside = path.resolve(), self.path.parent.resolve()
+        return str(place.relative_to(beside) if place.is_relative_to(beside) else place)
+
+    def image(self, path: Path, key: str, step: int) -> None:
+        """Append a picture; those of one key get a step slider. It must stay where it is until it is sent."""
+        self._put({"image": self._place(path), "key": key, "step": step, "time": int(time.time() * 1000)})
 
     def end(self, status: str) -> None:
         """Append how the run ended, where MLflow could not be told at once."""
@@ -122,6 +128,7 @@ def send(client: MlflowClient, path: Path) -> int:
             return count
         _send_metrics(client, [e for e in entries if "metrics" in e])
         _send_artifacts(client, path.parent, [e for e in entries if "artifact" in e])
+        _send_images(client, path.parent, [e for e in entries if "image" in e])
         for entry in entries:
             if "status" in entry:
                 client.set_terminated(entry["run_id"], entry["status"], entry["time"])
@@ -145,6 +152,16 @@ def _send_artifacts(client: MlflowClient, beside: Path, entries: list[dict[str, 
             client.log_artifact(e["run_id"], str(file), e["folder"] or None)
         else:  # what comes after it must not wait for ever
             log.warning("%s was deleted before it could be sent to MLflow; left out", e["artifact"])
+
+
+def _send_images(client: MlflowClient, beside: Path, entries: list[dict[str, Any]]) -> None:
+    for e in entries:
+        file = beside / e["image"]
+        if not file.exists():
+            log.warning("%s was deleted before it could be sent to MLflow; left out", e["image"])
+            continue
+        with Image.open(file) as picture:
+            client.log_image(e["run_id"], picture, key=e["key"], step=e["step"], timestamp=e["time"])
 
 
 class Sender:
