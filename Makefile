@@ -13,7 +13,7 @@ PORT ?= 5000
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro demo watch timelapse report evaluate ship promote ui tensorboard test test-slow check lint types format clean
+.PHONY: help setup repro demo watch timelapse report evaluate ship promote ui tensorboard test test-slow test-browser check lint types format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -24,10 +24,10 @@ $(STAMP): requirements.txt requirements-dev.txt constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.13 found; set PYTHON=/path/to/python3" >&2; exit 2; }
 	"$(PYTHON)" -m venv "$(VENV)"
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
-	@# OpenCV with windows needs libGL. A machine without it has no screen: it gets the same release without windows.
+	@# OpenCV with windows needs libGL. A machine without it gets the same release without them; ours are pygame's.
 	@"$(BIN)/python" -c 'import cv2' 2>/dev/null || { \
 		release=$$(sed -n 's/^opencv-python==\([0-9.]*\).*/\1/p' requirements.txt); \
-		echo "no libGL here: installing opencv-python-headless $$release, which opens no windows"; \
+		echo "no libGL here: installing opencv-python-headless $$release, which needs none"; \
 		"$(BIN)/python" -m pip uninstall --quiet --yes opencv-python && \
 		"$(BIN)/python" -m pip install --quiet --disable-pip-version-check opencv-python-headless==$$release && \
 		"$(BIN)/python" -c 'import cv2'; }
@@ -83,6 +83,9 @@ test: setup ## Tests, the slow ones excepted
 
 test-slow: setup ## The slow tests alone: minutes
 	"$(BIN)/python" -m pytest -m slow
+
+test-browser: setup ## The tests in a browser; need Chromium. Their pictures: .ci/artifacts/
+	"$(BIN)/python" -m pytest -m browser
 
 check: lint types test ## All that must pass before a commit
 

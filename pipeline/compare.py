@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import EvaluateParams, Parser, fail, parse_args, track_bounds
+from pipeline.config import EvaluateParams, Parser, fail, parse_args, track_bounds, track_seed
 
 if TYPE_CHECKING:
     from pipeline.agent.policy import Policy
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--race", action="store_true", help="film them side by side on the same track")
     parser.add_argument(
         "--track",
-        type=int,
+        type=track_seed,
         nargs="+",
         metavar="N",
         help="seeds of the tracks, a film each [default: the first of tracks]",
@@ -80,8 +80,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     tracks = arguments.track or [track_bounds(params.tracks)[0]]
     if not arguments.race:
         fail("expected --race: a race is what this command knows")
-    if wrong := [track for track in tracks if not 0 <= track < 2**31]:
-        fail(f"--track: expected 0 to {2**31 - 1}, got {wrong[0]}")
     from pipeline.media.race import MAX_RACERS
 
     if not 2 <= len(arguments.policies) <= MAX_RACERS:

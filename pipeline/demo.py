@@ -14,7 +14,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config import FIRST_TRAINING_TRACK, Parser, PromoteParams, fail, parse_args, track_bounds
+from pipeline.config import FIRST_TRAINING_TRACK, Parser, PromoteParams, fail, parse_args, track_bounds, track_seed
 
 CHAMPION = Path("models/champion.safetensors")
 SCORE = CHAMPION.with_suffix(".json")
@@ -69,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit code 2 for mistakes of the user."""
     parser = Parser(prog="python -m pipeline.demo", description=__doc__)
     parser.add_argument("--policy", type=Path, default=CHAMPION, metavar="FILE", help=f"[default {CHAMPION}]")
-    parser.add_argument("--track", type=int, metavar="N", help="seed of the track [default: another one each time]")
+    parser.add_argument(
+        "--track", type=track_seed, metavar="N", help="seed of the track [default: another one each time]"
+    )
     params, arguments = parse_args(PromoteParams, parser, argv)
-    if arguments.track is not None and not 0 <= arguments.track < 2**31:
-        fail(f"--track: expected 0 to {2**31 - 1}, got {arguments.track}")
     from pipeline.agent.policy import PolicyError
     from pipeline.media.video import FilmError
     from pipeline.tracking.store import TrackingError

@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import EvaluateParams, Parser, fail, parse_args
+from pipeline.config import EvaluateParams, Parser, fail, parse_args, project_root
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -148,7 +148,8 @@ def differing(run: PastRun) -> dict[str, str] | None:
     from ruamel.yaml import YAML
 
     commit = run.tags.get("mlflow.source.git.commit", "")
-    shown = subprocess.run(["git", "show", f"{commit}:params.yaml"], capture_output=True, text=True, check=False)
+    command = ["git", "show", f"{commit}:params.yaml"]
+    shown = subprocess.run(command, cwd=project_root(), capture_output=True, text=True, check=False)
     if not commit or shown.returncode:
         return None
     defaults = YAML(typ="safe", pure=True).load(shown.stdout)

@@ -8,13 +8,12 @@ the training's MLflow run.
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import Parser, TrainParams, fail, parse_args, project_root
+from pipeline.config import Parser, TrainParams, fail, integer, parse_args, project_root, track_seed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,23 +94,19 @@ def timelapse(policies: dict[int, Path], track: int, speed: int, path: Path = FI
     return episodes
 
 
-def _positive(text: str) -> int:
-    if not (text.isdecimal() and 0 < int(text) <= 1000):
-        raise argparse.ArgumentTypeError(f"expected an integer, 1 to 1000, got {text}")
-    return int(text)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit code 2 for mistakes of the user."""
     parser = Parser(prog="python -m pipeline.timelapse", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, metavar="RUN_FOLDER", help="[default: the newest in runs/]")
-    parser.add_argument("--track", type=int, metavar="N", help="seed [default: the first validation track]")
-    parser.add_argument("--speed", type=_positive, default=4, metavar="N", help="times as fast as real [default 4]")
-    parser.add_argument("--checkpoints", type=_positive, default=8, metavar="N", help="at most so many [default 8]")
+    parser.add_argument("--track", type=track_seed, metavar="N", help="seed [default: the first validation track]")
+    parser.add_argument(
+        "--speed", type=integer(1, 1000), default=4, metavar="N", help="times as fast as real [default 4]"
+    )
+    parser.add_argument(
+        "--checkpoints", type=integer(1, 1000), default=8, metavar="N", help="at most so many [default 8]"
+    )
     params, arguments = parse_args(TrainParams, parser, argv)
     track = params.validation_seed if arguments.track is None else arguments.track
-    if not 0 <= track < 2**31:
-        fail(f"--track: expected 0 to {2**31 - 1}, got {track}")
     try:
         folder = arguments.folder or newest_run(project_root() / params.log_root)
         policies = checkpoints(folder, arguments.checkpoints)

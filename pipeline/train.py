@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import ValidationError
 
-from pipeline.config import ConfigError, Parser, TrainParams, cores, fail, parse_args
+from pipeline.config import ConfigError, Parser, TrainParams, cores, fail, integer, parse_args
 
 if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
@@ -100,15 +100,13 @@ def add_visual_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that are no parameters: looking changes nothing in the result."""
     group = parser.add_argument_group("windows on the training")
     group.add_argument("--visual", action="store_true", help="show one environment: its picture, what the network sees")
-    group.add_argument("--render-freq", type=_positive, metavar="N", help="show every N-th agent step [default 1]")
+    group.add_argument(
+        "--render-freq", type=integer(1, 1_000_000), metavar="N", help="show every N-th agent step [default 1]"
+    )
     group.add_argument("--visual-only-preproc", action="store_true", help="without the game's own picture")
-    group.add_argument("--visual-scale", type=_positive, metavar="N", help="screen pixels per pixel [default 3]")
-
-
-def _positive(text: str) -> int:
-    if not (text.isdecimal() and 0 < int(text) <= 1_000_000):
-        raise argparse.ArgumentTypeError(f"expected an integer, 1 to 1000000, got {text}")
-    return int(text)
+    group.add_argument(
+        "--visual-scale", type=integer(1, 1_000_000), metavar="N", help="screen pixels per pixel [default 3]"
+    )
 
 
 def one_environment(params: TrainParams) -> TrainParams:

@@ -18,7 +18,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import EvaluateParams, Parser, fail, parse_args, track_bounds
+from pipeline.config import EvaluateParams, Parser, fail, parse_args, track_bounds, track_seed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -252,12 +252,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit code 2 for mistakes of the user."""
     parser = Parser(prog="python -m pipeline.watch", description=__doc__)
     parser.add_argument("policy", nargs="?", default=str(CHAMPION), metavar="POLICY", help=f"[default {CHAMPION}]")
-    parser.add_argument("--track", type=int, metavar="N", help="seed of the first track [default: the first of tracks]")
+    parser.add_argument(
+        "--track", type=track_seed, metavar="N", help="seed of the first track [default: the first of tracks]"
+    )
     parser.add_argument("--human", action="store_true", help="drive yourself; the policy is the ghost")
     params, arguments = parse_args(EvaluateParams, parser, argv)
     track = track_bounds(params.tracks)[0] if arguments.track is None else arguments.track
-    if not 0 <= track < 2**31:
-        fail(f"--track: expected 0 to {2**31 - 1}, got {track}")
     from pipeline.media.viewer import Viewer, ViewerError
 
     try:

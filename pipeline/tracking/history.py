@@ -94,9 +94,13 @@ class History:
             raise
 
     def _newest(self, name: str) -> Entity | None:
-        quoted = name.replace("'", "")
+        quote = (
+            '"' if "'" in name else "'"
+        )  # MLflow's filters know no escape: a name with both is found by its id alone
+        if quote in name:
+            return None
         experiment = experiment_id(self.client)
-        found = self.client.search_runs([experiment], f"attributes.run_name = '{quoted}'", max_results=1)
+        found = self.client.search_runs([experiment], f"attributes.run_name = {quote}{name}{quote}", max_results=1)
         return found[0] if found else None
 
     def _curve(self, run_id: str, begun: int) -> list[dict[str, float | None]]:
