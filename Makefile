@@ -14,7 +14,7 @@ CHAOS ?= full
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro demo evaluate ship promote ui tensorboard test test-slow check lint types format clean
+.PHONY: help setup repro demo watch timelapse report evaluate ship promote ui tensorboard test test-slow test-browser check lint types format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -25,10 +25,10 @@ $(STAMP): requirements.txt requirements-dev.txt constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.13 found; set PYTHON=/path/to/python3" >&2; exit 2; }
 	"$(PYTHON)" -m venv "$(VENV)"
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
-	@# OpenCV with windows needs libGL. A machine without it has no screen: it gets the same release without windows.
+	@# OpenCV with windows needs libGL. A machine without it gets the same release without them; ours are pygame's.
 	@"$(BIN)/python" -c 'import cv2' 2>/dev/null || { \
 		release=$$(sed -n 's/^opencv-python==\([0-9.]*\).*/\1/p' requirements.txt); \
-		echo "no libGL here: installing opencv-python-headless $$release, which opens no windows"; \
+		echo "no libGL here: installing opencv-python-headless $$release, which needs none"; \
 		"$(BIN)/python" -m pip uninstall --quiet --yes opencv-python && \
 		"$(BIN)/python" -m pip install --quiet --disable-pip-version-check opencv-python-headless==$$release && \
 		"$(BIN)/python" -c 'import cv2'; }
@@ -40,6 +40,15 @@ repro: setup ## Train, evaluate, film: what changed since the last time. CONFIG=
 
 demo: setup ## Watch the shipped champion drive a track it has never seen: videos/demo.mp4. TRACK=20001
 	"$(BIN)/python" -m pipeline.demo $(if $(TRACK),--track "$(TRACK)")
+
+watch: setup ## Watch the champion drive, live, with what it sees and thinks. ARGS="--human", ARGS="FILE --track 7"
+	"$(BIN)/python" -m pipeline.watch $(ARGS)
+
+timelapse: setup ## Film how the newest training learned to drive: videos/timelapse.mp4
+	"$(BIN)/python" -m pipeline.timelapse $(ARGS)
+
+report: setup ## One page about the run of this checkout, or about RUNS="a b": report.html
+	"$(BIN)/python" -m pipeline.report $(RUNS)
 
 evaluate: setup ## Score a policy file on the held-out tracks, as JSON. POLICY=models/best_model.safetensors
 	"$(BIN)/python" -m pipeline.evaluate --policy "$(POLICY)" --json -
@@ -57,7 +66,7 @@ ui: setup ## MLflow's pages: runs, films, registry. PORT=5000
 		--allowed-hosts "127.0.0.1:$(PORT),localhost:$(PORT)" \
 		--cors-allowed-origins "http://127.0.0.1:$(PORT),http://localhost:$(PORT)"
 
-tensorboard: setup ## Curves of all runs
+tensorboard: setup ## Curves, film strips and action histograms of all runs; http://127.0.0.1:6006
 	"$(BIN)/tensorboard" --logdir runs --host 127.0.0.1
 
 bench: setup ## Speed of every part against stock, in one run. ARGS="--peers", ARGS="--tune --apply"
@@ -92,6 +101,8 @@ audit: .venv-audit/.requirements-installed ## Known vulnerabilities of the pinne
 	@touch $@
 
 .PHONY: chaos audit
+test-browser: setup ## The tests in a browser; need Chromium. Their pictures: .ci/artifacts/
+	"$(BIN)/python" -m pytest -m browser
 
 check: lint types test ## All that must pass before a commit
 

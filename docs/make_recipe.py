@@ -21,7 +21,9 @@ def main() -> None:
     by_frames = pd.concat(seeds).groupby("frames")
     median, low, high = by_frames.median(), by_frames["eval_mean"].min(), by_frames["eval_mean"].max()
     history = median[["ep_rew_mean", "eval_mean"]].assign(eval_low=low, eval_high=high).reset_index()
-    learning_curve([{str(k): float(v) for k, v in row.items()} for row in history.to_dict("records")], PICTURE)
+    learning_curve(
+        [{str(k): float(v) for k, v in row.items()} for row in history.to_dict("records")], PICTURE, interval="range"
+    )
     print(f"{PICTURE}: {len(seeds)} seeds")
     print(history.to_string(index=False))
 

@@ -14,7 +14,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config import FIRST_TRAINING_TRACK, Parser, PromoteParams, fail, parse_args, track_bounds
+from pipeline.config import FIRST_TRAINING_TRACK, Parser, PromoteParams, fail, parse_args, track_bounds, track_seed
 
 CHAMPION = Path("models/champion.safetensors")
 SCORE = CHAMPION.with_suffix(".json")
@@ -30,14 +30,11 @@ def demo(params: PromoteParams, policy_path: Path = CHAMPION, track: int | None 
         TrackingError: MLflow can't be used.
         FilmError: The film can't be written.
     """
-    import cv2
-    import torch
-
     from pipeline.agent.policy import load
+    from pipeline.evaluation import one_thread
     from pipeline.filming import film
 
-    torch.set_num_threads(1)  # as in the evaluation, so the same track gives the same drive
-    cv2.setNumThreads(1)
+    one_thread()
     policy = load(policy_path)
     track = new_track(params.tracks) if track is None else track
     _, episode = film(policy, track, FILM, 50, policy_path.stem)
@@ -72,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit code 2 for mistakes of the user."""
     parser = Parser(prog="python -m pipeline.demo", description=__doc__)
     parser.add_argument("--policy", type=Path, default=CHAMPION, metavar="FILE", help=f"[default {CHAMPION}]")
-    parser.add_argument("--track", type=int, metavar="N", help="seed of the track [default: another one each time]")
+    parser.add_argument(
+        "--track", type=track_seed, metavar="N", help="seed of the track [default: another one each time]"
+    )
     params, arguments = parse_args(PromoteParams, parser, argv)
-    if arguments.track is not None and not 0 <= arguments.track < 2**31:
-        fail(f"--track: expected 0 to {2**31 - 1}, got {arguments.track}")
     from pipeline.agent.policy import PolicyError
     from pipeline.media.video import FilmError
     from pipeline.tracking.store import TrackingError

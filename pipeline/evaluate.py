@@ -57,6 +57,7 @@ def evaluate(params: EvaluateParams, policy: Path = POLICY) -> dict[str, float]:
     )
     with run:
         run.metrics({f"evaluate/{key}": value for key, value in figures.items()})
+        run.series("evaluate/return_by_rank", sorted(e.episode_return for e in episodes))
         run.track_set([e.track for e in episodes], "test", "test")
         run.table([asdict(e) for e in episodes], "evaluate/tracks.json")
         for path in (RETURNS_PICTURE, LAPS_PICTURE):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import csv
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
@@ -49,10 +50,16 @@ class Episode:
     n_tiles: int
 
 
-def drive(
-    policy: Policy, track: int, env: Any = None, on_decision: Callable[[NDArray[np.uint8]], None] | None = None
-) -> Episode:
-    """One deterministic episode on the stock game.
+OnDecision = Callable[[NDArray[np.uint8]], None]
+
+
+def drive(policy: Policy, track: int, env: Any = None, on_decision: OnDecision | None = None) -> Episode:
+    """One deterministic episode on the stock game; arguments as of :func:`play`."""
+    return deque(play(policy, track, env, on_decision), maxlen=1)[0]
+
+
+def play(policy: Policy, track: int, env: Any = None, on_decision: OnDecision | None = None) -> Iterator[Episode]:
+    """One deterministic episode on the stock game, a decision at a time: what it has come to after each of them.
 
     Args:
         policy: Who drives.
@@ -62,15 +69,21 @@ def drive(
     """
     env = env or make_env(policy.observation)
     observation, _ = env.reset(seed=track)
-    total, done, info = 0.0, False, {}
+    total, done = 0.0, False
     while not done:
         if on_decision:
             on_decision(observation)
         observation, reward, terminated, truncated, info = env.step(policy.predict(observation[None])[0])
         total += reward
         done = terminated or truncated
-    frames = round(info["lap_time"] * FPS)
-    return Episode(track, round(total, 6), frames, bool(info["lap_finished"]), info["tiles"], info["n_tiles"])
+        frames = round(info["lap_time"] * FPS)
+        yield Episode(track, round(total, 6), frames, bool(info["lap_finished"]), info["tiles"], info["n_tiles"])
+
+
+def one_thread() -> None:
+    """Let this process drive on one thread: the last bits of a network's answer depend on their number."""
+    th.set_num_threads(1)
+    cv2.setNumThreads(1)
 
 
 class Evaluator:
@@ -107,6 +120,7 @@ class Evaluator:
         tracks: Sequence[int],
         observation: ObservationParams | None = None,
         on_episode: Callable[[Episode], None] | None = None,
+        on_stills: Callable[[list[NDArray[np.uint8]]], None] | None = None,
     ) -> list[Episode]:
         """Drive every track once; episodes in the order of ``tracks``.
 
@@ -115,19 +129,22 @@ class Evaluator:
             tracks: Track seeds.
             observation: What an SB3 zip was trained to see.
             on_episode: Called as each track ends, in any order.
+            on_stills: Called once with pictures of the first track's drive, see :func:`stills`.
         """
         stamp = policy.stat().st_mtime_ns  # a file written again under the same name is another policy
+        filmed = self._pool.submit(_stills_in_worker, policy, observation, tracks[0]) if on_stills else None
         futures = [self._pool.submit(_drive_in_worker, policy, stamp, observation, track) for track in tracks]
         for future in as_completed(futures):
             if on_episode:
                 on_episode(future.result())
+        if filmed and on_stills:
+            on_stills(filmed.result())
         return [future.result() for future in futures]
 
 
 @functools.lru_cache(maxsize=2)
 def _loaded(path: Path, stamp: int, observation: ObservationParams | None) -> tuple[Policy, Any]:
-    th.set_num_threads(1)
-    cv2.setNumThreads(1)
+    one_thread()
     policy = load(path, observation)
     return policy, make_env(policy.observation)
 
@@ -137,16 +154,35 @@ def _drive_in_worker(path: Path, stamp: int, observation: ObservationParams | No
     return drive(policy, track, env)
 
 
+def _stills_in_worker(path: Path, observation: ObservationParams | None, track: int) -> list[NDArray[np.uint8]]:
+    return stills(load(path, observation), track)
+
+
+def stills(policy: Policy, track: int, seconds: float = 1.0) -> list[NDArray[np.uint8]]:
+    """Pictures of a drive, one every so many seconds of game time: the game's ``rgb_array``, (400, 600, 3) uint8."""
+    pictures: list[NDArray[np.uint8]] = []
+
+    def on_frame(env: Any, track: int, action: NDArray[np.float32], reward: float) -> None:
+        if env.unwrapped.frames % round(seconds * FPS) == 0:
+            pictures.append(env.render())
+
+    drive(policy, track, make_env(policy.observation, render_mode="rgb_array", on_frame=on_frame))
+    return pictures
+
+
 def summarize(episodes: Sequence[Episode], bootstrap_samples: int = 10_000) -> dict[str, float]:
     """The figures of a set of episodes.
 
-    IQM is the mean of the middle half, with a 95% percentile bootstrap interval over tracks (Agarwal et al. 2021, "Deep
-    reinforcement learning at the edge of the statistical precipice"). ``std`` is the population's.
+    IQM is the mean of the middle half (Agarwal et al. 2021, "Deep reinforcement learning at the edge of the statistical
+    precipice"). Mean and IQM come with a 95% percentile bootstrap interval over tracks. ``std`` is the population's.
     """
     returns = np.array([e.episode_return for e in episodes])
-    low, high = iqm_interval(returns, bootstrap_samples)
+    mean_low, mean_high = interval(returns, bootstrap_samples, np.mean)
+    low, high = interval(returns, bootstrap_samples, iqm)
     figures = {
         "mean": returns.mean(),
+        "mean_ci_low": mean_low,
+        "mean_ci_high": mean_high,
         "std": returns.std(),
         "min": returns.min(),
         "p10": np.percentile(returns, 10),
@@ -167,22 +203,28 @@ def iqm(returns: NDArray[np.float64], axis: int = -1) -> Any:
     return stats.trim_mean(returns, 0.25, axis=axis)
 
 
-def iqm_interval(returns: NDArray[np.float64], samples: int) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the IQM; repeatable, since its random numbers are seeded."""
+def interval(returns: NDArray[np.float64], samples: int, statistic: Callable[..., Any]) -> tuple[float, float]:
+    """95% percentile bootstrap interval of a statistic over tracks; repeatable, since its random numbers are seeded.
+
+    ``statistic(draws, axis=1)`` is called with (samples, n_tracks) returns.
+    """
     if len(returns) < 2:
         return float(returns[0]), float(returns[0])
     draws = np.random.default_rng(0).choice(returns, (samples, len(returns)))
-    low, high = np.percentile(iqm(draws, axis=1), [2.5, 97.5])
+    low, high = np.percentile(statistic(draws, axis=1), [2.5, 97.5])
     return float(low), float(high)
 
 
 def write_table(path: Path, episodes: Iterable[Episode]) -> None:
-    """The per-track table as CSV, one row an episode."""
+    """The per-track table as CSV, one row an episode; ``rank`` 1 is the lowest return."""
+    episodes = list(episodes)
+    ordered = sorted(episodes, key=lambda e: e.episode_return)
+    ranks = {e.track: rank for rank, e in enumerate(ordered, 1)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Episode)], lineterminator="\n")
+        writer = csv.DictWriter(file, [*(f.name for f in fields(Episode)), "rank"], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(e) for e in episodes)
+        writer.writerows({**asdict(e), "rank": ranks[e.track]} for e in episodes)
 
 
 def read_table(path: Path) -> list[Episode]:

@@ -24,14 +24,28 @@ FRAMES_PER_STILL = 4  # of 50 a second
 class Camera:
     """Composes a picture after every physics frame: the game, what the network saw last, the controls, the numbers.
 
+    Args:
+        policy: Who drives.
+        title: Shown in the film.
+        write: Called with each picture, (544, 976, 3) uint8 RGB.
+        every: Frames from one picture to the next.
+        keep_stills: Keep some of the pictures.
+
     Attributes:
         stills: Every fourth picture at half its size, (h, w, 3) uint8; at full size those of a film fill 400 MB.
         road: Centre line, (n, 2) world units.
         drive: Per frame x, y, speed, steer, gas, brake and the share of wheels off the road.
     """
 
-    def __init__(self, policy: Policy, title: str, write: Callable[[NDArray[np.uint8]], None]) -> None:
-        self.policy, self.title, self.write = policy, title, write
+    def __init__(
+        self,
+        policy: Policy,
+        title: str,
+        write: Callable[[NDArray[np.uint8]], None],
+        every: int = 1,
+        keep_stills: bool = True,
+    ) -> None:
+        self.policy, self.title, self.write, self.every, self.keep_stills = policy, title, write, every, keep_stills
         self.observation: Any = None
         self.value = self.episode_return = 0.0
         self.stills: list[NDArray[np.uint8]] = []
@@ -49,6 +63,8 @@ class Camera:
         game = env.unwrapped
         self.road = [(x, y) for _, _, x, y in game.track]
         self.drive.append((*game.car.hull.position, game.speed(), *map(float, action), game.wheels_on_grass()))
+        if (len(self.drive) - 1) % self.every:
+            return
         telemetry = Telemetry(
             track=track,
             frame=game.frames,
@@ -64,7 +80,7 @@ class Camera:
         channels = 1 if self.policy.observation.grayscale else 3
         picture = compose(env.render(), self.observation, telemetry, self.title, channels=channels)
         self.write(picture)
-        if len(self.drive) % FRAMES_PER_STILL == 1:
+        if self.keep_stills and len(self.drive) % FRAMES_PER_STILL == 1:
             self.stills.append(
                 np.asarray(cv2.resize(picture, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA), np.uint8)
             )

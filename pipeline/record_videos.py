@@ -39,16 +39,11 @@ class RecordError(Exception):
 
 def record(params: RecordParams, policy_path: Path = POLICY) -> dict[str, Any]:
     """The stage; returns what is written to ``metrics/record_videos.json``."""
-    import cv2
-    import torch
-
     from pipeline.agent.policy import load
-    from pipeline.evaluation import read_table
+    from pipeline.evaluation import one_thread, read_table
     from pipeline.tracking.run import Run
 
-    torch.set_num_threads(1)  # as in the evaluation: the last bits depend on it, and the drives must be equal
-    cv2.setNumThreads(1)
-
+    one_thread()  # as in the evaluation: the drives must be equal
     policy = load(policy_path)
     if not TABLE.exists():
         raise RecordError(f"{TABLE}: no such file; `python -m pipeline.evaluate` writes it")

@@ -6,13 +6,17 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch as th
+from numpy.typing import NDArray
+from PIL import Image
 from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.logger import Image as TensorBoardImage
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 
 from pipeline import durable
@@ -23,6 +27,7 @@ from pipeline.agent.ppo import DrivingPPO
 from pipeline.config import TrainParams
 from pipeline.evaluation import Evaluator, summarize
 from pipeline.media import charts
+from pipeline.media.video import filmstrip
 from pipeline.tracking.folder import LOG
 from pipeline.tracking.run import Run
 from pipeline.tracking.spool import Spool
@@ -122,13 +127,15 @@ class Session:
     def validate(self, steps: int) -> None:
         """Drive the validation tracks on the stock game; keep the policy if none scored higher before."""
         path = self.save(self.folder / "candidate.safetensors")
-        episodes = self.evaluator.play(path, validation_tracks(self.params))
+        episodes = self.evaluator.play(path, validation_tracks(self.params), on_stills=partial(self._show, steps))
         figures = summarize(episodes, bootstrap_samples=1000)
         logged = {
             "mean_reward": figures["mean"],
             "std_reward": figures["std"],
             "mean_length": figures["mean_frames"],
             "std_length": float(np.std([e.frames for e in episodes])),
+            "ci_low": figures["mean_ci_low"],
+            "ci_high": figures["mean_ci_high"],
             "min_reward": figures["min"],
             "laps_finished": figures["laps_finished"],
         }
@@ -158,6 +165,15 @@ class Session:
     def _best_policies(self) -> list[Path]:
         return sorted((self.folder / "checkpoints").glob("best_*.safetensors"), reverse=True)
 
+    def _show(self, steps: int, pictures: Sequence[NDArray[np.uint8]]) -> None:
+        """Put a strip of one validation drive into TensorBoard and MLflow, where it gets a slider over the steps."""
+        strip = filmstrip(pictures, columns=5, rows=2, tile_width=240)
+        self.model.logger.record("filmstrip", TensorBoardImage(strip, "HWC"), exclude="mlflow")
+        path = self.folder / "filmstrips" / f"{steps:012}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(strip).save(path)
+        self.spool.image(path, "filmstrip", steps)
+
     def _remember(self, steps: int, figures: Mapping[str, float]) -> None:
         episodes = self.model.ep_info_buffer or ()
         self.history.append(
@@ -168,6 +184,8 @@ class Session:
                 "ep_rew_mean": float(np.mean([e["r"] for e in episodes])) if episodes else float("nan"),
                 "eval_mean": figures["mean"],
                 "eval_std": figures["std"],
+                "eval_low": figures["mean_ci_low"],
+                "eval_high": figures["mean_ci_high"],
                 "laps_finished": figures["laps_finished"],
             }
         )

@@ -1,32 +1,44 @@
 """Stage ``train``: parameters -> a policy that drives.
 
-python -m pipeline.train [--config FILE] [--KEY VALUE ...]
+python -m pipeline.train [--config FILE] [--KEY VALUE ...] [--visual ...]
 
 Reads ``params.yaml``. Leaves ``models/best_model.safetensors`` (the best on the validation tracks) and
 ``models/final_model.safetensors``, ``metrics/train.json`` and ``plots/``, a run folder under ``log_root``, and a run in
-MLflow, whose id is in ``metrics/mlflow.json`` for the next stages.
+MLflow, whose id is in ``metrics/mlflow.json`` for the next stages. ``--visual`` opens windows on it; q or Esc closes
+them, and the training goes on.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
 
 from pipeline import durable
-from pipeline.config import Parser, TrainParams, cores, fail, parse_args
+from pipeline.config import ConfigError, Parser, TrainParams, cores, fail, integer, parse_args
 from pipeline.interrupts import Interrupts
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.callbacks import BaseCallback
 
 log = logging.getLogger("pipeline.train")
 
 
-def train(params: TrainParams, stop: Interrupts | None = None) -> dict[str, float]:
+def train(
+    params: TrainParams, stop: Interrupts | None = None, onlookers: Sequence[BaseCallback] = ()
+) -> dict[str, float]:
     """Train one policy; returns what is written to ``metrics/train.json``.
 
     Args:
         params: Every number it depends on.
         stop: Asked before each rollout whether to save the state and end.
+        onlookers: Callbacks that look on and change nothing.
 
     Raises:
         TrackingError: ``MLFLOW_TRACKING_URI`` names no store of MLflow's.
@@ -75,7 +87,8 @@ def train(params: TrainParams, stop: Interrupts | None = None) -> dict[str, floa
             run.artifact(folder / "config.json")
             remaining = params.total_timesteps - model.num_timesteps
             ending = EveryRollout(partial((stop or Interrupts()).check, session.save_state))
-            model.learn(max(remaining, 0), [session.callbacks(), ending], reset_num_timesteps=state is None)
+            callbacks = [session.callbacks(), ending, *onlookers]
+            model.learn(max(remaining, 0), callbacks, reset_num_timesteps=state is None)
             figures = session.publish()
         for path in checkpoint.states(folder / "checkpoints"):
             path.unlink()  # done: the next training of these parameters starts from the beginning
@@ -83,17 +96,83 @@ def train(params: TrainParams, stop: Interrupts | None = None) -> dict[str, floa
     return figures
 
 
+def add_visual_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that are no parameters: looking changes nothing in the result."""
+    group = parser.add_argument_group("windows on the training")
+    group.add_argument("--visual", action="store_true", help="show one environment: its picture, what the network sees")
+    group.add_argument(
+        "--render-freq", type=integer(1, 1_000_000), metavar="N", help="show every N-th agent step [default 1]"
+    )
+    group.add_argument("--visual-only-preproc", action="store_true", help="without the game's own picture")
+    group.add_argument(
+        "--visual-scale", type=integer(1, 1_000_000), metavar="N", help="screen pixels per pixel [default 3]"
+    )
+
+
+def one_environment(params: TrainParams) -> TrainParams:
+    """The parameters with one environment, whose rollouts are as long as all of theirs together: as large an update.
+
+    Raises:
+        ConfigError: Such a rollout is too long.
+    """
+    n_steps = params.n_steps * params.n_envs
+    try:
+        return TrainParams(**{**params.model_dump(), "n_envs": 1, "n_workers": 0, "n_steps": n_steps})
+    except ValidationError:
+        limit = "--visual makes one environment of all, whose rollout would be n_steps x n_envs"
+        raise ConfigError(
+            [f"{limit} = {n_steps:,}: more than n_steps may be; give a smaller n_steps or n_envs"]
+        ) from None
+
+
+def watched(params: TrainParams, arguments: argparse.Namespace) -> tuple[TrainParams, list[BaseCallback]]:
+    """What ``--visual`` makes of the parameters, and its windows; says what it changed.
+
+    Raises:
+        ConfigError: These parameters can't be trained with one environment.
+        ViewerError: There is no screen.
+    """
+    given = {"every": arguments.render_freq, "scale": arguments.visual_scale}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    if not arguments.visual:
+        if chosen or arguments.visual_only_preproc:
+            fail("--render-freq, --visual-only-preproc and --visual-scale say how to look: expected --visual, got none")
+        return params, []
+    single = one_environment(params)
+    from pipeline.media.viewer import Viewer
+
+    viewer = Viewer()  # before the slow imports: a missing screen is told at once
+    from pipeline.live import Look, TrainingWindows
+
+    if single != params:
+        print(
+            f"--visual: one environment instead of {params.n_envs}, with n_steps {single.n_steps} instead of "
+            f"{params.n_steps}, so that an update learns from as much. That is another training than without --visual: "
+            f"run {single.fingerprint()}, not {params.fingerprint()}.",
+            file=sys.stderr,
+        )
+    return single, [TrainingWindows(single, viewer, Look(raw=not arguments.visual_only_preproc, **chosen))]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage; exit code 2 for mistakes of the user and a full disk, 128 + n for signal n."""
-    params, _ = parse_args(TrainParams, Parser(prog="python -m pipeline.train", description=__doc__), argv)
+    parser = Parser(prog="python -m pipeline.train", description=__doc__)
+    add_visual_flags(parser)
+    params, arguments = parse_args(TrainParams, parser, argv)
+    from pipeline.media.viewer import ViewerError
+
     with Interrupts() as stop:
+        try:
+            params, onlookers = watched(params, arguments)
+        except (ConfigError, ViewerError) as error:
+            fail(error)
         from pipeline.agent.checkpoint import CheckpointError
         from pipeline.agent.policy import PolicyError
         from pipeline.tracking.folder import RunFolderError
         from pipeline.tracking.store import TrackingError
 
         try:
-            train(params, stop)
+            train(params, stop, onlookers)
         except (TrackingError, RunFolderError, CheckpointError, PolicyError) as error:
             fail(error)
         except OSError as error:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.agent.policy import build_network, load, save
 from pipeline.config import NetworkParams, ObservationParams
-from pipeline.evaluation import Episode, Evaluator, drive, iqm, iqm_interval, read_table, summarize, write_table
+from pipeline.evaluation import Episode, Evaluator, drive, interval, iqm, read_table, summarize, write_table
 
 OBSERVATION = ObservationParams(frame_skip=5, frames_stack=3, grayscale=True, resize=48, action_axes="steer_throttle")
 NETWORK = NetworkParams(
@@ -52,7 +52,7 @@ def test_figures_are_those_computed_by_hand() -> None:
         for i, (r, lap) in enumerate(zip(returns, laps, strict=True))
     ]
     figures = summarize(episodes)
-    low, high = figures.pop("iqm_ci_low"), figures.pop("iqm_ci_high")
+    intervals = {name: (figures.pop(f"{name}_ci_low"), figures.pop(f"{name}_ci_high")) for name in ("mean", "iqm")}
     assert figures == {
         "n_tracks": 8,
         "mean": 450.0,
@@ -66,7 +66,7 @@ def test_figures_are_those_computed_by_hand() -> None:
         "mean_frames": 975.0,
         "mean_tiles": 0.5625,  # mean of 1/8 ... 8/8
     }
-    assert low < 450 < high
+    assert all(low < 450 < high for low, high in intervals.values())
 
 
 def test_iqm_drops_a_quarter_on_either_side() -> None:
@@ -76,12 +76,15 @@ def test_iqm_drops_a_quarter_on_either_side() -> None:
 
 def test_the_interval_is_a_percentile_bootstrap_and_repeatable() -> None:
     returns = np.random.default_rng(1).normal(900, 20, 40)
-    interval = iqm_interval(returns, 4000)
-    assert interval == iqm_interval(returns, 4000)
+    found = interval(returns, 4000, iqm)
+    assert found == interval(returns, 4000, iqm)
     rng = np.random.default_rng(99)  # other random numbers, written out
     resampled = [np.sort(rng.choice(returns, 40))[10:30].mean() for _ in range(4000)]
-    np.testing.assert_allclose(interval, np.percentile(resampled, [2.5, 97.5]), atol=1.0)
-    assert iqm_interval(np.array([5.0]), 100) == (5.0, 5.0)
+    np.testing.assert_allclose(found, np.percentile(resampled, [2.5, 97.5]), atol=1.0)
+    assert interval(np.array([5.0]), 100, iqm) == (5.0, 5.0)
+    low, high = interval(returns, 4000, np.mean)  # near the normal one, 1.96 standard errors to either side
+    error = 1.96 * returns.std() / 40**0.5
+    np.testing.assert_allclose([low, high], [returns.mean() - error, returns.mean() + error], atol=1.0)
 
 
 def test_the_table_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -89,8 +92,8 @@ def test_the_table_comes_back_as_it_was(tmp_path: Path) -> None:
     write_table(tmp_path / "new/tracks.csv", episodes)
     assert read_table(tmp_path / "new/tracks.csv") == episodes
     assert (tmp_path / "new/tracks.csv").read_bytes().splitlines()[:2] == [
-        b"track,episode_return,frames,lap_finished,tiles,n_tiles",
-        b"10000,-12.345678,1000,False,100,200",
+        b"track,episode_return,frames,lap_finished,tiles,n_tiles,rank",
+        b"10000,-12.345678,1000,False,100,200,1",
     ]
 
 

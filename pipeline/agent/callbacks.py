@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
@@ -90,6 +91,7 @@ class EpisodeStatistics(BaseCallback):
         for name, values in zip(names, actions.T, strict=True):
             self.logger.record(f"actions/{name}_mean", float(values.mean()))
             self.logger.record(f"actions/{name}_std", float(values.std()))
+            self.logger.record(f"actions/{name}", th.from_numpy(values.copy()), exclude="mlflow")  # a histogram
         pedals = to_pedals(actions) if actions.shape[1] == 2 else actions
         for name, values in zip(("gas", "brake"), pedals.T[1:], strict=True):
             self.logger.record(f"actions/{name}_use", float((values > 0).mean()))  # share of the decisions

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as dump
 
 from pipeline import durable
-from pipeline.agent.network import DrivingNetwork, network_kwargs
+from pipeline.agent.network import LOG_2, BetaDistribution, DrivingNetwork, network_kwargs
 from pipeline.config import NetworkParams, ObservationParams, TrainParams
 
 HEADER_KEY = "carracing-policy"
@@ -73,6 +73,23 @@ class Policy:
         low, high = self.module.action_space.low, self.module.action_space.high  # type: ignore[attr-defined]
         clipped: NDArray[np.float32] = np.clip(actions.numpy(), low, high)
         return clipped
+
+    def density(self, observation: NDArray[np.uint8], points: int) -> NDArray[np.float32]:
+        """Of each action axis the probability density at one observation (c, h, w): (points, n_axes).
+
+        The points are spread evenly from the axis's lower end to its upper end.
+        """
+        space: Any = self.module.action_space
+        actions = th.from_numpy(np.linspace(space.low, space.high, points))  # (points, n_axes)
+        with th.inference_mode():
+            head: Any = self.module.get_distribution(th.from_numpy(observation[None]))
+            if isinstance(head, BetaDistribution):  # stretched from [0, 1] to [-1, 1]
+                inside = ((actions + 1) / 2).clamp(BetaDistribution.EPSILON, 1 - BetaDistribution.EPSILON)
+                log_density = head.beta.log_prob(inside) - LOG_2  # type: ignore[no-untyped-call]
+            else:
+                log_density = head.distribution.log_prob(actions)
+            density: NDArray[np.float32] = log_density.exp().float().numpy()
+        return density
 
     def value(self, observations: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(n,) the critic's estimate of the (normalised, shaped) return."""

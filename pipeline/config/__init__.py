@@ -5,7 +5,7 @@ command line. The classes hold type, range and meaning of each key; ``params.yam
 mistake of every source is collected, and all are told at once.
 """
 
-from pipeline.config.cli import Parser, fail, parse_args
+from pipeline.config.cli import Parser, fail, integer, parse_args, track_seed
 from pipeline.config.params import (
     FIRST_TRAINING_TRACK,
     EvaluateParams,
@@ -34,9 +34,11 @@ __all__ = [
     "TrainParams",
     "cores",
     "fail",
+    "integer",
     "load",
     "parse_args",
     "project_root",
     "track_bounds",
     "track_list",
+    "track_seed",
 ]

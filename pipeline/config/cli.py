@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,6 +41,21 @@ class Parser(argparse.ArgumentParser):
         known += [option for action in self._actions for option in action.option_strings]
         near = [m for flag in wrong for m in difflib.get_close_matches(flag, known, n=1, cutoff=0.5)]
         self.exit(2, f"error: {message}{'; did you mean ' + ', '.join(near) + '?' if near else ''}\n")
+
+
+def integer(low: int, high: int) -> Callable[[str], int]:
+    """The type of a flag that is no parameter: an integer from ``low`` to ``high``."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {text}")
+        return int(text)
+
+    return read
+
+
+track_seed = integer(0, 2**31 - 1)
+"""The type of a flag that names a track."""
 
 
 def parse_args(stage: type[P], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[P, Any]:

@@ -26,6 +26,9 @@ FAINT = "#6b7480"
 GRID = "#e4e7eb"
 BLUE, ORANGE, GREEN, RED = "#0072b2", "#e69f00", "#009e73", "#d55e00"  # Okabe and Ito's palette
 ROAD = "#d5d9de"
+RUNS = (BLUE, ORANGE, GREEN, RED, "#cc79a7", "#56b4e9")
+MARKERS = "osD^vP"
+"""Colour and mark of each of several runs, in their order."""
 
 SOLVED = 900.0
 """Mean return at which CarRacing counts as solved."""
@@ -35,7 +38,9 @@ COST_PER_SECOND = 0.1 * FPS
 """A frame costs 0.1, and a full lap earns 1000: a lap of t seconds returns 1000 - 5 t."""
 
 
-def learning_curve(history: Sequence[Mapping[str, float | None]], path: str | Path | None = None) -> Figure:
+def learning_curve(
+    history: Sequence[Mapping[str, float | None]], path: str | Path | None = None, *, interval: str = "95% interval"
+) -> Figure:
     """Training return and validation score against frames, with wall-clock on top when it is known.
 
     Args:
@@ -43,12 +48,13 @@ def learning_curve(history: Sequence[Mapping[str, float | None]], path: str | Pa
             standard deviation), ``eval_low`` and ``eval_high`` (band: that interval), ``seconds`` since the start. A
             value that is absent or None leaves no point.
         path: PNG to write.
+        interval: What ``eval_low`` and ``eval_high`` are.
     """
     figure, axes = _figure("Learning curve", "environment frames", "raw return")
     frames = _column(history, "frames")
     _line(axes, frames, _column(history, "ep_rew_mean"), "training, sampled actions", color=ORANGE)
     score = _column(history, "eval_mean")
-    band = "± 1 std" if not np.isfinite(_column(history, "eval_low")).any() else "with interval"
+    band = "± 1 std" if not np.isfinite(_column(history, "eval_low")).any() else interval
     _line(axes, frames, score, f"validation, {band}", color=BLUE, marker="o", markersize=5)
     _band(axes, frames, *_interval(history, score))
     _levels(axes, [(SOLVED, "900", FAINT)])
@@ -58,6 +64,46 @@ def learning_curve(history: Sequence[Mapping[str, float | None]], path: str | Pa
     seconds = _column(history, "seconds")
     if np.isfinite(seconds).any():
         _clock(axes, frames, seconds)
+    return _finish(figure, path)
+
+
+def learning_curves(
+    histories: Mapping[str, Sequence[Mapping[str, float | None]]], path: str | Path | None = None
+) -> Figure:
+    """Validation score of several runs against frames, with their intervals.
+
+    Args:
+        histories: Rows as of :func:`learning_curve`, by the run's name; at most six runs.
+        path: PNG to write.
+    """
+    figure, axes = _figure("Learning curves: validation", "environment frames", "raw return")
+    for (name, history), color, marker in zip(histories.items(), RUNS, MARKERS, strict=False):
+        frames, score = _column(history, "frames"), _column(history, "eval_mean")
+        _line(axes, frames, score, name, color=color, marker=marker, markersize=5)
+        _band(axes, frames, *_interval(history, score), color)
+    _levels(axes, [(SOLVED, "900", FAINT)])
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _legend(axes, loc="lower right")
+    return _finish(figure, path)
+
+
+def sorted_returns(returns: Mapping[str, Sequence[float]], path: str | Path | None = None) -> Figure:
+    """Returns of several runs, each sorted, over the share of tracks: the curve that lies higher is the better driver.
+
+    Args:
+        returns: Raw returns by the run's name; at most six runs.
+        path: PNG to write.
+    """
+    figure, axes = _figure("Returns, worst track first", "share of the tracks [%]", "raw return")
+    for (name, values), color in zip(returns.items(), RUNS, strict=False):
+        share = 100 * np.arange(1, len(values) + 1) / max(len(values), 1)
+        axes.plot(
+            share, np.sort(np.asarray(values, float)), label=name, color=color, linewidth=2, drawstyle="steps-mid"
+        )
+    _levels(axes, [(ANCHOR, "914 published", GREEN), (SOLVED, "900 solved", FAINT)])
+    axes.set_xlim(0, 100)
+    _legend(axes, loc="lower right")
     return _finish(figure, path)
 
 
@@ -251,10 +297,10 @@ def _interval(history: Sequence[Mapping[str, float | None]], score: Floats) -> t
     return np.where(np.isfinite(low), low, score - spread), np.where(np.isfinite(high), high, score + spread)
 
 
-def _band(axes: Axes, x: Floats, low: Floats, high: Floats) -> None:
+def _band(axes: Axes, x: Floats, low: Floats, high: Floats, color: str = BLUE) -> None:
     known = np.isfinite(x) & np.isfinite(low) & np.isfinite(high)
     if known.any():
-        axes.fill_between(x[known], low[known], high[known], color=BLUE, alpha=0.15, linewidth=0)
+        axes.fill_between(x[known], low[known], high[known], color=color, alpha=0.15, linewidth=0)
 
 
 def _levels(axes: Axes, levels: Sequence[tuple[float, str, str]]) -> None:

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Literal
 
-import cv2
-import matplotlib
 import numpy as np
 from gymnasium.envs.box2d.car_racing import FPS
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 
-Frame = NDArray[np.uint8]
-"""(height, width, 3) uint8 RGB."""
-Color = tuple[int, int, int]
-Anchor = Literal["left", "center", "right"]
-
-BACKGROUND: Color = (13, 17, 23)
-PANEL: Color = (22, 27, 34)
-GROOVE: Color = (44, 51, 61)
-TICK: Color = (98, 108, 120)
-TEXT: Color = (240, 244, 248)
-MUTED: Color = (150, 160, 172)
-STEER: Color = (86, 180, 233)  # Okabe and Ito's sky blue, green and vermilion: told apart by colour-blind eyes too
-GAS: Color = (0, 178, 128)
-BRAKE: Color = (232, 101, 32)
+from pipeline.media.canvas import (
+    BACKGROUND,
+    BRAKE,
+    GAS,
+    GROOVE,
+    MUTED,
+    PANEL,
+    STEER,
+    TEXT,
+    Box,
+    Color,
+    Frame,
+    fill,
+    fill_centered,
+    fit,
+    resize,
+    signed,
+    write,
+)
 
 FULL_SPEED = 100.0
 """Right end of the speed bar, in world units per second: about the most the car reaches on a straight."""
@@ -67,20 +67,6 @@ class Telemetry:
         return self.frame / FPS
 
 
-@dataclass(frozen=True)
-class Box:
-    """A rectangle of the film frame, in pixels from its top left corner."""
-
-    x: int
-    y: int
-    width: int
-    height: int
-
-    def of(self, canvas: Frame) -> Frame:
-        """View of the canvas under this box, (height, width, 3)."""
-        return canvas[self.y : self.y + self.height, self.x : self.x + self.width]
-
-
 SIZE = (976, 544)
 """(width, height) of a film frame: even, as yuv420p wants, and multiples of 16, as H.264 likes."""
 HEADER = Box(0, 0, 976, 48)
@@ -112,7 +98,7 @@ def compose(
         (544, 976, 3) uint8 RGB, see `SIZE`.
     """
     canvas: Frame = _background().copy()
-    GAME.of(canvas)[:] = _resize(picture, GAME.width, GAME.height)
+    GAME.of(canvas)[:] = resize(picture, GAME.width, GAME.height)
     _draw_header(canvas, title, telemetry.track)
     _draw_observation(canvas, observation, channels)
     _draw_actions(canvas, telemetry)
@@ -127,22 +113,22 @@ def _background() -> Frame:
     canvas[GAME.y : PROGRESS.y, GAME.width :] = PANEL
     for bar in (PROGRESS, STEER_BAR, GAS_BAR, BRAKE_BAR, SPEED_BAR):
         bar.of(canvas)[:] = GROOVE
-    _write(canvas, "NETWORK SEES", NEWEST.x, 60, size=11, color=MUTED, on=PANEL)
-    _write(canvas, "NETWORK DOES", NEWEST.x, 346, size=11, color=MUTED, on=PANEL)
+    write(canvas, "NETWORK SEES", NEWEST.x, 60, size=11, color=MUTED, on=PANEL)
+    write(canvas, "NETWORK DOES", NEWEST.x, 346, size=11, color=MUTED, on=PANEL)
     for word, bar in (("steer", STEER_BAR), ("gas", GAS_BAR), ("brake", BRAKE_BAR)):
-        _write(canvas, word, NEWEST.x, bar.y - 2, size=13, on=PANEL)
+        write(canvas, word, NEWEST.x, bar.y - 2, size=13, on=PANEL)
     for name, x in CELLS.items():
-        _write(canvas, name, x, 464, size=11, color=MUTED)
+        write(canvas, name, x, 464, size=11, color=MUTED)
     return canvas
 
 
 def _draw_header(canvas: Frame, title: str, track: int) -> None:
-    _write(canvas, f"track {track}", SIZE[0] - 18, 16, size=14, color=MUTED, anchor="right")
-    _write(canvas, _fit(title, 760, 17), 20, 14, size=17, bold=True)
+    write(canvas, f"track {track}", SIZE[0] - 18, 16, size=14, color=MUTED, anchor="right")
+    write(canvas, fit(title, 760, 17), 20, 14, size=17, bold=True)
 
 
 def _draw_observation(canvas: Frame, observation: NDArray[np.uint8], channels: int | None) -> None:
-    *older, newest = _split(observation, channels)
+    *older, newest = split_stack(observation, channels)
     big = _enlarge(newest)
     height, width = big.shape[:2]
     x, y = (NEWEST.width - width) // 2, (NEWEST.height - height) // 2  # 84 pixels fill the box, other sizes are centred
@@ -155,34 +141,34 @@ def _enlarge(newest: Frame) -> Frame:
     """Repeat every pixel a whole number of times: the network's very pixels, not a smooth likeness."""
     scale = NEWEST.width // max(newest.shape[:2])
     if not scale:
-        return _resize(newest, NEWEST.width, NEWEST.height)
+        return resize(newest, NEWEST.width, NEWEST.height)
     return newest.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def _draw_older(canvas: Frame, older: list[Frame]) -> None:
-    _write(canvas, "EARLIER", OLDER.x, 60, size=11, color=MUTED, on=PANEL)
+    write(canvas, "EARLIER", OLDER.x, 60, size=11, color=MUTED, on=PANEL)
     gap = 6
     side = min(OLDER.width, (OLDER.height - gap * (len(older) - 1)) // len(older))
     for age, small in enumerate(reversed(older)):
         box = Box(OLDER.x, OLDER.y + age * (side + gap), side, side)
-        box.of(canvas)[:] = _resize(small, side, side)
+        box.of(canvas)[:] = resize(small, side, side)
 
 
 def _draw_actions(canvas: Frame, telemetry: Telemetry) -> None:
-    _fill_centered(canvas, STEER_BAR, telemetry.steer, STEER)
-    _fill(canvas, GAS_BAR, telemetry.gas, GAS)
-    _fill(canvas, BRAKE_BAR, telemetry.brake, BRAKE)
-    numbers = (_signed(telemetry.steer, "+.2f"), f"{telemetry.gas:.2f}", f"{telemetry.brake:.2f}")
+    fill_centered(canvas, STEER_BAR, telemetry.steer, STEER)
+    fill(canvas, GAS_BAR, telemetry.gas, GAS)
+    fill(canvas, BRAKE_BAR, telemetry.brake, BRAKE)
+    numbers = (signed(telemetry.steer, "+.2f"), f"{telemetry.gas:.2f}", f"{telemetry.brake:.2f}")
     for bar, number in zip((STEER_BAR, GAS_BAR, BRAKE_BAR), numbers, strict=True):
-        _write(canvas, number, SIZE[0] - 18, bar.y - 2, size=13, on=PANEL, anchor="right")
+        write(canvas, number, SIZE[0] - 18, bar.y - 2, size=13, on=PANEL, anchor="right")
 
 
 def _draw_numbers(canvas: Frame, telemetry: Telemetry) -> None:
     done = telemetry.tiles >= telemetry.n_tiles
-    _fill(canvas, PROGRESS, telemetry.tiles / telemetry.n_tiles, GAS if done else STEER)
-    _fill(canvas, SPEED_BAR, telemetry.speed / FULL_SPEED, TEXT)
-    value = "n/a" if telemetry.value is None else _signed(telemetry.value, ".1f")
-    _number(canvas, "RETURN", _signed(telemetry.episode_return, ".1f"))
+    fill(canvas, PROGRESS, telemetry.tiles / telemetry.n_tiles, GAS if done else STEER)
+    fill(canvas, SPEED_BAR, telemetry.speed / FULL_SPEED, TEXT)
+    value = "n/a" if telemetry.value is None else signed(telemetry.value, ".1f")
+    _number(canvas, "RETURN", signed(telemetry.episode_return, ".1f"))
     _number(canvas, "LAP TIME", f"{telemetry.lap_time:.2f}", "s")
     _number(canvas, "SPEED", f"{telemetry.speed:.0f}", "units/s")
     _number(canvas, "TILES", f"{telemetry.tiles}", f"/ {telemetry.n_tiles}", GAS if done else TEXT)
@@ -191,32 +177,12 @@ def _draw_numbers(canvas: Frame, telemetry: Telemetry) -> None:
 
 
 def _number(canvas: Frame, cell: str, number: str, unit: str = "", color: Color = TEXT) -> None:
-    width = _write(canvas, number, CELLS[cell], 484, size=26, bold=True, color=color)
+    width = write(canvas, number, CELLS[cell], 484, size=26, bold=True, color=color)
     if unit:
-        _write(canvas, unit, CELLS[cell] + width + 6, 494, size=14, color=MUTED)
+        write(canvas, unit, CELLS[cell] + width + 6, 494, size=14, color=MUTED)
 
 
-def _signed(number: float, spec: str) -> str:
-    """The number without a negative zero, and with a real minus sign, which is as wide as the plus."""
-    text = format(number, spec)
-    return (text if float(text) else format(0.0, spec)).replace("-", "−")
-
-
-def _fill(canvas: Frame, bar: Box, share: float, color: Color) -> None:
-    """Colour the bar from its left end; ``share`` is clipped to [0, 1]."""
-    bar.of(canvas)[:, : round(bar.width * float(np.clip(share, 0, 1)))] = color
-
-
-def _fill_centered(canvas: Frame, bar: Box, share: float, color: Color) -> None:
-    """Colour the bar from its middle; ``share`` is clipped to [-1, 1], negative to the left."""
-    middle = bar.width // 2
-    length = round(middle * float(np.clip(share, -1, 1)))
-    view = bar.of(canvas)
-    view[:, middle + min(length, 0) : middle + max(length, 0)] = color
-    view[:, middle - 1 : middle + 1] = TEXT
-
-
-def _split(observation: NDArray[np.uint8], channels: int | None) -> list[Frame]:
+def split_stack(observation: NDArray[np.uint8], channels: int | None) -> list[Frame]:
     """(stack * channels, height, width) -> ``stack`` frames (height, width, 3), oldest first."""
     if observation.ndim != 3 or observation.dtype != np.uint8:
         raise ValueError(f"expected a (channels, height, width) uint8 observation, got {observation.shape}")
@@ -225,57 +191,3 @@ def _split(observation: NDArray[np.uint8], channels: int | None) -> list[Frame]:
         raise ValueError(f"{len(observation)} planes are no stack of frames with {channels} channels each")
     frames = observation.reshape(-1, channels, *observation.shape[1:]).transpose(0, 2, 3, 1)
     return [np.broadcast_to(frame, (*frame.shape[:2], 3)) for frame in frames]
-
-
-def _resize(picture: Frame, width: int, height: int) -> Frame:
-    if picture.shape[:2] == (height, width):
-        return picture
-    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
-
-
-def _write(
-    canvas: Frame,
-    text: str,
-    x: int,
-    y: int,
-    *,
-    size: int,
-    bold: bool = False,
-    color: Color = TEXT,
-    on: Color = BACKGROUND,
-    anchor: Anchor = "left",
-) -> int:
-    """Paste text with its top at ``y``; the text's width in pixels."""
-    label = _label(text, size, bold, color, on)
-    height: int = label.shape[0]
-    width: int = label.shape[1]
-    x -= {"left": 0, "center": width // 2, "right": width}[anchor]
-    canvas[y : y + height, x : x + width] = label
-    return width
-
-
-@lru_cache(maxsize=2048)
-def _label(text: str, size: int, bold: bool, color: Color, on: Color) -> Frame:
-    """Text on its flat background, (line height, width, 3): pasting is then a plain copy."""
-    font = _font(size, bold)
-    ascent, descent = font.getmetrics()
-    picture = Image.new("RGB", (max(1, round(font.getlength(text))), ascent + descent), on)
-    ImageDraw.Draw(picture).text((0, 0), text, color, font)
-    return np.asarray(picture)
-
-
-@lru_cache(maxsize=16)
-def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
-
-
-@lru_cache(maxsize=64)
-def _fit(text: str, width: int, size: int) -> str:
-    """The text, or as much of its beginning as fits into ``width`` pixels."""
-    font = _font(size, bold=True)
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"

@@ -107,6 +107,27 @@ def frame_count(path: str | Path) -> int:
     return int(counts[-1])
 
 
+def shrink_film(source: str | Path, target: str | Path, width: int, fps: float, crf: int = 30) -> None:
+    """Write a smaller copy of a film, for a page that carries it along.
+
+    Args:
+        source: The film.
+        target: Its copy.
+        width: Of the copy [pixels], even; the height follows.
+        fps: Frames per second of the copy.
+        crf: As of :class:`FilmWriter`.
+
+    Raises:
+        FilmError: The film does not decode.
+    """
+    options = ["-vf", f"fps={fps},scale={width}:-2:flags=area,format=yuv420p", "-an", "-c:v", "libx264"]
+    small = ["-preset", "slow", "-crf", str(crf), "-movflags", "+faststart", "-map_metadata", "-1", "-f", "mp4"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-y", "-i", str(source), *options, *small]
+    done = subprocess.run([*command, str(target)], capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        raise FilmError(f"{source}: can't be made smaller; ffmpeg says:\n{done.stderr[-STDERR_TAIL:].strip()}")
+
+
 def write_gif(path: str | Path, frames: Iterable[Frame], fps: float, max_width: int = 480) -> None:
     """Write a small GIF that repeats for ever, in 256 colours chosen for these frames.
 

@@ -99,6 +99,10 @@ class LazyCarRacing(CarRacing):
 
     def picture(self) -> NDArray[np.uint8]:
         """The present state's picture, drawn now, (96, 96, 3) uint8 RGB."""
+        return self.stock_picture()
+
+    def stock_picture(self) -> NDArray[np.uint8]:
+        """The present state's picture as Gymnasium draws it, (96, 96, 3) uint8 RGB."""
         picture: NDArray[np.uint8] = super()._render("state_pixels")
         return picture
 
@@ -139,10 +143,6 @@ class FastCarRacing(LazyCarRacing):
     def picture(self) -> NDArray[np.uint8]:
         """The present state's picture, drawn now, (96, 96, 3) uint8 RGB or (96, 96) uint8 gray."""
         return self._renderer.draw(self, self.grayscale)
-
-    def stock_picture(self) -> NDArray[np.uint8]:
-        """The present state's picture as Gymnasium draws it, (96, 96, 3) uint8 RGB."""
-        return super().picture()
 
 
 gym.register(

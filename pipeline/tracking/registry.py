@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -75,20 +76,25 @@ class Registry:
 
     def champion(self) -> Version | None:
         """The best so far; None before the first."""
+        return self.alias(CHAMPION)
+
+    def alias(self, alias: str) -> Version | None:
+        """The version that an alias points at; None if there is none."""
         try:
             aliases = self.client.get_registered_model(self.name).aliases
         except MlflowException as error:
             if is_missing(error):
                 return None
             raise
-        return self._version(int(aliases[CHAMPION])) if CHAMPION in aliases else None
+        return self.version(int(aliases[alias])) if alias in aliases else None
 
     def find(self, digest: str) -> Version | None:
         """The newest version of the policy file with this sha256."""
         found = self.client.search_model_versions(f"name = '{self.name}' and tags.sha256 = '{digest}'")
-        return self._version(max(int(version.version) for version in found)) if found else None
+        return self.version(max(int(version.version) for version in found)) if found else None
 
-    def _version(self, number: int) -> Version:
+    def version(self, number: int) -> Version:
+        """A version by its number; raises what MLflow raises if there is none."""
         entity = self.client.get_model_version(self.name, str(number))
         return Version(number, entity.tags.get("sha256", ""))
 
@@ -135,6 +141,29 @@ class Registry:
             f"the policy file of {self.name} version {version.number} ({uri}) {reason}\n"
             f"Restore MLflow's artifacts, or delete that version in `mlflow ui` if it is lost for good."
         )
+
+
+def fetch(uri: str, folder: Path) -> Path:
+    """The policy file behind ``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER``, in ``folder``.
+
+    Raises:
+        TrackingError: The URI is spelled otherwise, there is no such version, or its file is gone.
+    """
+    spelled = re.fullmatch(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<number>\d+))", uri)
+    if not spelled:
+        raise TrackingError(f"{uri}: expected models:/NAME@ALIAS or models:/NAME/NUMBER")
+    registry = Registry(spelled["name"])
+    try:
+        version = registry.alias(spelled["alias"]) if spelled["alias"] else registry.version(int(spelled["number"]))
+    except MlflowException as error:
+        if not is_missing(error):
+            raise
+        version = None
+    if version is None:
+        raise TrackingError(
+            f"{uri}: no such version in the registry; `make promote` registers one, `make ui` lists them"
+        )
+    return registry.download(version, folder)
 
 
 def _log_model(name: str, policy: Path, observation: tuple[int, ...], run_id: str | None) -> ModelInfo:

@@ -103,7 +103,18 @@ class Run:
             TrackingError: There is none, or ``MLFLOW_TRACKING_URI`` names no store of MLflow's.
         """
         refuse_impossible()
-        run_id = read_run_id(run_id_file)
+        return cls._attached(stage, read_run_id(run_id_file))
+
+    @classmethod
+    def of_folder(cls, stage: str, folder: Path) -> Run | None:
+        """The run that a run folder's training began, to add to; None where the folder has none."""
+        refuse_impossible()
+        for path in folder.glob("spool-*.jsonl"):
+            return cls._attached(stage, path.stem.removeprefix("spool-"))
+        return None
+
+    @classmethod
+    def _attached(cls, stage: str, run_id: str) -> Run:
         run = cls(Spool(_outbox(stage) / f"spool-{run_id}.jsonl", run_id), False)
         run.spool.put({"attach": stage})
         return run

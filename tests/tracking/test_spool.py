@@ -35,6 +35,7 @@ class Server:
         self.away, self.calls = set(away), 0
         self.taken: Batch = []
         self.files: list[tuple[str, str | None]] = []
+        self.images: list[tuple[str, int, object]] = []
 
     def _answer(self) -> None:
         self.calls += 1
@@ -49,6 +50,10 @@ class Server:
     def log_artifact(self, run_id: str, path: str, folder: str | None) -> None:
         self._answer()
         self.files.append((Path(path).name, folder))
+
+    def log_image(self, run_id: str, image: Image.Image, key: str, step: int, timestamp: int) -> None:
+        self._answer()
+        self.images.append((key, step, image.getpixel((1, 0))))
 
 
 def spool_of(path: Path, n: int, run_id: str = "r", keys: int = 1) -> Spool:
@@ -260,3 +265,28 @@ def test_the_writer_leaves_out_what_sb3_was_told_to_exclude(tmp_path: Path):
     logger.record("time/picture", np.zeros((2, 2)))
     logger.dump(8)
     assert json.loads(spool.path.read_text())["metrics"] == {"time/steps": 8.0}
+
+
+def test_pictures_go_with_their_step_and_a_lost_one_stops_nothing(tmp_path: Path) -> None:
+    server, spool = Server(), spool_of(tmp_path / "spool.jsonl", 0)
+    for step in (100, 200):
+        picture = Image.new("RGB", (3, 2), (step, 0, 0))
+        picture.save(tmp_path / f"{step}.png")
+        spool.image(tmp_path / f"{step}.png", "filmstrip", step)
+    spool.image(tmp_path / "gone.png", "filmstrip", 300)
+    spool.metrics({"k": 1.0}, 400)
+    assert send(server, spool.path) == 4
+    assert server.images == [("filmstrip", 100, (100, 0, 0)), ("filmstrip", 200, (200, 0, 0))]
+    assert server.taken == [("k", 1.0, 400)]
+
+
+def test_pictures_get_a_slider_in_mlflow(project: Path) -> None:
+    run = begun()
+    for step in (100, 200):
+        Image.new("RGB", (3, 2), (step, 0, 0)).save(project / f"{step}.png")
+        run.spool.image(project / f"{step}.png", "filmstrip", step)
+    run.flush()
+    names = [artifact.path for artifact in connect().list_artifacts(run.id, "images")]
+    # What MLflow's page reads the steps off: key, step, time and a number, divided by +.
+    assert sorted(int(name.split("+")[2]) for name in names if name.endswith(".png")) == [100, 200]
+    assert all(Path(name).name.startswith("filmstrip+step+") for name in names)
