@@ -99,6 +99,8 @@ def test_a_training_leaves_what_it_promises(trainer: Path) -> None:
     assert steps == [512, 1024]
     artifacts = [a.path for a in client(trainer).list_artifacts(run_id(trainer), "checkpoints")]
     assert artifacts == [f"checkpoints/policy_{n:012}.safetensors" for n in (256, 512, 768, 1024)]
+    strips = [a.path for a in client(trainer).list_artifacts(run_id(trainer), "images")]
+    assert {name.split("+")[2] for name in strips} == {"512", "1024"}, "MLflow's slider reads the steps off the names"
     (folder,) = (trainer / "runs").iterdir()
     assert json.loads((folder / "config.json").read_text())["total_timesteps"] == 1024
     assert_tensorboard_agrees(folder, figures)
@@ -113,6 +115,9 @@ def assert_tensorboard_agrees(folder: Path, figures: dict[str, float]) -> None:
     keys = set(events.Tags()["scalars"])
     assert {f"eval/{k}" for k in ("mean_reward", "std_reward", "mean_length", "std_length")} <= keys
     assert {"train/approx_kl", "train/explained_variance", "rollout/shaped_return", "time/fps"} <= keys
+    assert set(events.Tags()["histograms"]) == {"actions/steer", "actions/throttle"}
+    strips = [strip.step for strip in events.Images("filmstrip")]
+    assert strips == [event.step for event in events.Scalars("eval/mean_reward")], "one strip a validation"
     assert events.Scalars("eval/mean_reward")[-1].value == pytest.approx(figures["final_mean_reward"], rel=1e-5)
 
 
