@@ -127,7 +127,10 @@ class Session:
     def validate(self, steps: int) -> None:
         """Drive the validation tracks on the stock game; keep the policy if none scored higher before."""
         path = self.save(self.folder / "candidate.safetensors")
-        episodes = self.evaluator.play(path, validation_tracks(self.params), on_stills=partial(self._show, steps))
+        # A logger of its own: the model's holds the last update's figures, which belong to the next rollout's step.
+        logger = Logger(None, self.model.logger.output_formats)
+        show = partial(self._show, logger, steps)
+        episodes = self.evaluator.play(path, validation_tracks(self.params), on_stills=show)
         figures = summarize(episodes, bootstrap_samples=1000)
         logged = {
             "mean_reward": figures["mean"],
@@ -139,8 +142,6 @@ class Session:
             "min_reward": figures["min"],
             "laps_finished": figures["laps_finished"],
         }
-        # By a logger of its own: the model's holds the last update's figures, which belong to the next rollout's step.
-        logger = Logger(None, self.model.logger.output_formats)
         for key, value in logged.items():
             logger.record(f"eval/{key}", value)
         # Steady beats fast: a mean that hides a lost track is not chosen.
@@ -165,10 +166,10 @@ class Session:
     def _best_policies(self) -> list[Path]:
         return sorted((self.folder / "checkpoints").glob("best_*.safetensors"), reverse=True)
 
-    def _show(self, steps: int, pictures: Sequence[NDArray[np.uint8]]) -> None:
+    def _show(self, logger: Logger, steps: int, pictures: Sequence[NDArray[np.uint8]]) -> None:
         """Put a strip of one validation drive into TensorBoard and MLflow, where it gets a slider over the steps."""
         strip = filmstrip(pictures, columns=5, rows=2, tile_width=240)
-        self.model.logger.record("filmstrip", TensorBoardImage(strip, "HWC"), exclude="mlflow")
+        logger.record("filmstrip", TensorBoardImage(strip, "HWC"), exclude="mlflow")
         path = self.folder / "filmstrips" / f"{steps:012}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(strip).save(path)
