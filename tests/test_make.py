@@ -77,6 +77,17 @@ def test_every_exception_of_the_audit_has_a_reason(audit: ModuleType) -> None:
         audit.exceptions("GHSA-2\n")
 
 
+@pytest.mark.parametrize(
+    ("answer", "knows"),
+    [('{"vulnerabilities": [{"id": "GHSA-1"}]}', True), ('{"vulnerabilities": []}', False), ("<", False)],
+)
+def test_a_mirror_that_knows_of_no_vulnerability_is_not_taken_for_the_service(
+    answer: str, knows: bool, audit: ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / "json").write_text(answer)
+    assert audit.is_answering((tmp_path / "json").as_uri()) == knows
+
+
 def test_an_audit_that_could_not_ask_says_so(
     audit: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

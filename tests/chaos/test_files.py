@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch as th
 from hypothesis import settings
 from safetensors.torch import save
@@ -24,14 +25,15 @@ from tests.config import test_mistakes
 from tests.policies import OBSERVATION, write_policy
 
 
-def test_parameter_files(params_here: Path, row: Callable[..., Any]) -> None:
+def test_parameter_files(params_here: Path, row: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     n = int(os.environ.get("CHAOS_FILES", "10000" if FULL else "1000"))
     with row("parameter files by Hypothesis") as figures:
         for test in (
             test_mistakes.test_no_file_gets_a_traceback_or_a_wrong_type_through,
             test_mistakes.test_no_bytes_give_a_traceback,
         ):
-            settings(parent=test._hypothesis_internal_use_settings, max_examples=n // 2, database=None)(test)
+            more = settings(test._hypothesis_internal_use_settings, max_examples=n // 2, database=None)
+            monkeypatch.setattr(test, "_hypothesis_internal_use_settings", more)
             test(params_here=params_here)  # type: ignore[call-arg]
             figures["files"] = int(str(figures.get("files", 0))) + n // 2
 
