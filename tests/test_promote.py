@@ -125,7 +125,7 @@ def test_a_version_is_a_policy_file_and_code_tied_to_its_run(project: Path, scor
     files = [file for file in stored.rglob("*") if file.is_file()]
     (kept,) = [file for file in files if file.suffix == ".safetensors"]
     assert kept.read_bytes() == policy.read_bytes()
-    assert {file.suffix for file in files} <= {".safetensors", ".py", ".txt", ".yaml", ""}, "no pickles"
+    assert {file.suffix for file in files} <= {".safetensors", ".py", ".html", ".txt", ".yaml", ""}, "no pickles"
     pins = next(file for file in files if file.name == "requirements.txt").read_text().split()
     assert f"mlflow=={mlflow.__version__}" in pins
     assert all("==" in pin and "+" not in pin for pin in pins)

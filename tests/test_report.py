@@ -31,11 +31,8 @@ HISTORY = [
 
 
 def add_run(name: str, seed: int, score: float, commit: str = "abc123") -> str:
-    run = Run.begin(
-        name,
-        {"seed": seed, "learning_rate": 3e-4, "net_arch": [], "frame_skip": 4},
-        {"mlflow.source.git.commit": commit},
-    )
+    params = {"seed": seed, "learning_rate": 3e-4, "net_arch": [], "frame_skip": 4}
+    run = Run.begin(name, params, {"mlflow.source.git.commit": commit})
     for step in (100, 200):
         run.metrics({"eval/mean_reward": score - step, "eval/ci_low": score - 300, "eval/ci_high": score}, step)
     episodes = [Episode(n, score + n, 900, True, 280, 280) for n in range(3)]
@@ -47,7 +44,7 @@ def add_run(name: str, seed: int, score: float, commit: str = "abc123") -> str:
         for frame in range(20):
             film.write(np.full((544, 976, 3), 5 * frame, np.uint8))
     run.artifact(Path("best.mp4"), "videos")
-    return run.id
+    return run.flush()
 
 
 class Reader(HTMLParser):

@@ -35,8 +35,8 @@ def fold(pictures: th.Tensor) -> th.Tensor:
     rows, columns = height // STRIDE, width // STRIDE
     reached = pictures[:, :, : STRIDE * rows, : STRIDE * columns].contiguous()
     words = reached.view(th.int32).view(n, channels, rows, STRIDE, columns)  # four pixels of a row move as one
-    blocks = words.permute(0, 2, 4, 3, 1).contiguous()
-    return blocks.view(th.uint8).view(n, rows, columns, STRIDE * STRIDE * channels)
+    blocks = words.permute(0, 2, 4, 3, 1).reshape(n, rows, columns, STRIDE * channels)
+    return blocks.contiguous().view(th.uint8)
 
 
 class ConvFeatures(BaseFeaturesExtractor):

@@ -103,10 +103,10 @@ def test_at_full_width_the_features_are_nature_cnns() -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("channels", "size"), [(4, 84), (9, 96), (4, 67), (1, 36)])
-def test_folded_pictures_give_the_convolutions_of_the_unfolded(channels: int, size: int) -> None:
+@pytest.mark.parametrize(("n", "channels", "size"), [(3, 4, 84), (2, 9, 96), (1, 4, 67), (3, 1, 36), (1, 1, 84)])
+def test_folded_pictures_give_the_convolutions_of_the_unfolded(n: int, channels: int, size: int) -> None:
     """Also where the windows don't reach the last rows and columns (67)."""
-    pictures = th.randint(0, 256, (3, channels, size, size), dtype=th.uint8)
+    pictures = th.randint(0, 256, (n, channels, size, size), dtype=th.uint8)
     extractor = ConvFeatures(spaces.Box(0, 255, (channels, size, size), np.uint8), [8, 8, 8], 16)
     with th.no_grad():
         expected = extractor.linear(extractor.cnn(pictures / 255))
