@@ -60,13 +60,13 @@ class Store(NamedTuple):
     second: str
 
 
-CURVES = [pd.read_csv(ROOT / f"docs/recipe/seed_{seed}.csv") for seed in (0, 1)]
-"""The validations of the README's trainings."""
+CURVES = [pd.read_csv(ROOT / f"docs/recipe/before/seed_{seed}.csv") for seed in (0, 1)]
+"""The validations of two trainings."""
 TRACKS = read_table(ROOT / "plots/tracks.csv")
 FIGURES = summarize(TRACKS, bootstrap_samples=1000)
 METRIC = "eval/mean_reward"
 FRAMES_PER_SECOND = 1700
-"""About what the README's trainings made."""
+"""About what they made."""
 
 
 def film(path: Path) -> Path:
