@@ -108,7 +108,7 @@ EVERY_FRAME_RGB: dict[str, Any] = {"frame_skip": 1, "frames_stack": 1, "grayscal
 def _model(params: TrainParams, n_workers: int = 0) -> Iterator[DrivingPPO]:
     from stable_baselines3.common.logger import Logger
 
-    from pipeline.agent.ppo import build_model
+    from pipeline.agent.build import build_model
 
     env = _vec_env(params, n_workers)
     model = build_model(params, env)

@@ -49,8 +49,8 @@ def train(
     """
     # Imported here: they take 4 s, and a mistake in the parameters is told before that.
     from pipeline.agent import checkpoint, policy
+    from pipeline.agent.build import build_model
     from pipeline.agent.callbacks import EveryRollout
-    from pipeline.agent.ppo import build_model
     from pipeline.evaluation import Evaluator
     from pipeline.session import Session, announce, build_logger, validation_tracks
     from pipeline.sim.env import make_training_env

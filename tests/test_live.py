@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.agent.ppo import DrivingPPO, build_model
+from pipeline.agent.build import build_model
+from pipeline.agent.ppo import DrivingPPO
 from pipeline.config import ConfigError, TrainParams, load
 from pipeline.live import GAP, PREPROCESSED, RAW, Look, TrainingWindows
 from pipeline.media.viewer import CAPTION_HEIGHT, Viewer

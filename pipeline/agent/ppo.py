@@ -1,13 +1,12 @@
-"""Parameters -> PPO: stable-baselines3's algorithm, with a rollout loop in which workers and network never wait.
+"""stable-baselines3's PPO, with a rollout loop in which workers and network never wait.
 
 The environments are two groups. While the network picks actions for one group, the worker processes step the other.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,16 +16,13 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
-from stable_baselines3.common.utils import explained_variance, set_random_seed
+from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from pipeline.agent.hardware import choose_device, choose_dtype
-from pipeline.agent.network import DrivingNetwork, fold, network_kwargs
+from pipeline.agent.network import DrivingNetwork, fold
 from pipeline.agent.reward import RewardScaler
-from pipeline.config import TrainParams, cores
 from pipeline.sim.driving_state import KEY as STATE
-from pipeline.sim.driving_state import STATE_SIZE
 from pipeline.sim.vec_env import SharedMemoryVecEnv
 
 NO_STATE = np.zeros(0, np.float32)
@@ -303,50 +299,3 @@ class DrivingPPO(PPO):
 
     def _to_device(self, array: NDArray[Any]) -> th.Tensor:
         return th.from_numpy(array).to(self.device, non_blocking=True)
-
-
-def schedule(kind: str, initial: float) -> Callable[[float], float]:
-    """A learning-rate schedule over SB3's ``progress_remaining``, which falls from 1 to 0."""
-    shapes: dict[str, Callable[[float], float]] = {
-        "constant": lambda remaining: 1.0,
-        "linear": lambda remaining: remaining,
-        "cosine": lambda remaining: (1 - math.cos(math.pi * remaining)) / 2,
-    }
-    shape = shapes[kind]
-    return lambda remaining: initial * shape(max(remaining, 0.0))  # the last rollout ends past total_timesteps
-
-
-def build_model(params: TrainParams, env: SharedMemoryVecEnv) -> DrivingPPO:
-    """The PPO of these parameters, on its device."""
-    device = choose_device(params.device)
-    # Not by PPO's own `seed`: that would also seed the environments, whose tracks have a sequence of their own.
-    set_random_seed(params.seed, using_cuda=device.type == "cuda")
-    dtype = choose_dtype(params.precision, device)
-    if device.type == "cuda" and dtype != th.float32:
-        th.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    return DrivingPPO(
-        DrivingNetwork,
-        env,
-        learning_rate=schedule(params.learning_rate_schedule, params.learning_rate),
-        n_steps=params.n_steps,
-        batch_size=params.batch_size,
-        n_epochs=params.n_epochs,
-        gamma=params.gamma,
-        gae_lambda=params.gae_lambda,
-        clip_range=params.clip_range,
-        ent_coef=params.ent_coef,
-        vf_coef=params.vf_coef,
-        max_grad_norm=params.max_grad_norm,
-        target_kl=params.target_kl or None,
-        use_sde=params.action_head == "gsde",
-        sde_sample_freq=params.sde_sample_freq,
-        policy_kwargs={
-            **network_kwargs(params, dtype),
-            "state_size": STATE_SIZE if params.privileged_critic else 0,
-            "optimizer_kwargs": {"eps": 1e-5, "fused": True},
-        },
-        device=device,
-        generator=np.random.default_rng(params.seed),
-        update_threads=params.num_threads or cores(),
-        reward_scaler=RewardScaler(env.num_envs, params.gamma, params.normalize_reward, params.reward_clip),
-    )

@@ -13,7 +13,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 from pipeline.agent import checkpoint
-from pipeline.agent.ppo import DrivingPPO, build_model
+from pipeline.agent.build import build_model
+from pipeline.agent.ppo import DrivingPPO
 from pipeline.config import TrainParams, load
 from pipeline.sim.env import make_training_env
 from pipeline.sim.vec_env import SharedMemoryVecEnv

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from stable_baselines3 import PPO
 
 from pipeline.agent import policy as policies
+from pipeline.agent.build import build_model
 from pipeline.agent.policy import Policy, PolicyError, build_network, load, save
-from pipeline.agent.ppo import build_model
 from pipeline.config import NetworkParams, ObservationParams, TrainParams
 from pipeline.config import load as load_params
 from pipeline.sim.env import make_training_env

@@ -14,7 +14,8 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from pipeline.agent.ppo import DrivingPPO, build_model, schedule
+from pipeline.agent.build import build_model, schedule
+from pipeline.agent.ppo import DrivingPPO
 from pipeline.agent.reward import RewardScaler
 from pipeline.config import TrainParams, load
 from pipeline.sim.driving_state import KEY

@@ -89,10 +89,10 @@ def never_in_time() -> None:
 def seed_of_the_clock() -> None:
     import time
 
-    from pipeline.agent import ppo
+    from pipeline.agent import build
 
-    seed = ppo.set_random_seed
-    ppo.set_random_seed = lambda number, using_cuda=False: seed(time.time_ns() % 2**31, using_cuda)
+    seed = build.set_random_seed
+    build.set_random_seed = lambda number, using_cuda=False: seed(time.time_ns() % 2**31, using_cuda)
 
 
 def dropped_when_away() -> None:
