@@ -21,7 +21,7 @@ help: ## This list
 
 setup: $(STAMP) ## Virtual environment with the pinned requirements; done again when they change
 
-$(STAMP): requirements.txt requirements-dev.txt constraints.txt
+$(STAMP): requirements.txt requirements-cluster.txt requirements-dev.txt constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.13 found; set PYTHON=/path/to/python3" >&2; exit 2; }
 	"$(PYTHON)" -m venv "$(VENV)"
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt

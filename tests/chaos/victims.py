@@ -1,8 +1,8 @@
 """Trainings to be killed: forked from this process, which has done the imports already, and led to their failpoints.
 
 A training that is forked costs 1 s of start where a new interpreter takes 6; everything it starts itself (workers,
-evaluators, MLflow's server) is started as always. Nothing here touches MLflow or torch before a fork: stores are read
-with SQL, by :mod:`tests.chaos.evidence`.
+evaluators, MLflow's server) is started as always. Nothing here touches MLflow before a fork (stores are read with SQL, by
+:mod:`tests.chaos.evidence`), and torch computes on one thread: a child that uses OpenMP's pool of its parent waits forever.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import torch as th
 from ruamel.yaml import YAML
 
 from pipeline import train
@@ -36,6 +37,7 @@ for _module in (  # what every training imports sooner or later, and its own pro
     "torch.utils.tensorboard",
 ):
     importlib.import_module(_module)
+th.set_num_threads(1)
 
 # The default recipe in small: what params.yaml says of everything else holds.
 TINY: dict[str, object] = {
