@@ -1,8 +1,8 @@
 """Trainings to be killed: forked from this process, which has done the imports already, and led to their failpoints.
 
 A training that is forked costs 1 s of start where a new interpreter takes 6; everything it starts itself (workers,
-evaluators, MLflow's server) is started as always. Nothing here touches MLflow before a fork (stores are read with SQL, by
-:mod:`tests.chaos.evidence`), and torch computes on one thread: a child that uses OpenMP's pool of its parent waits forever.
+evaluators, MLflow's server) is started as always. Nothing here touches MLflow before a fork (stores are read with SQL,
+by :mod:`tests.chaos.evidence`), and torch computes on one thread: a child with OpenMP's pool of its parent waits forever.
 """
 
 from __future__ import annotations
