@@ -2,7 +2,7 @@
 
 A training that is forked costs 1 s of start where a new interpreter takes 6; everything it starts itself (workers,
 evaluators, MLflow's server) is started as always. Nothing here touches MLflow before a fork (stores are read with SQL,
-by :mod:`tests.chaos.evidence`), and torch computes on one thread: a child with OpenMP's pool of its parent waits forever.
+by :mod:`tests.chaos.evidence`), and torch computes on one thread: a child with its parent's OpenMP pool waits forever.
 """
 
 from __future__ import annotations
