@@ -31,6 +31,7 @@ def schedule(kind: str, initial: float) -> Callable[[float], float]:
 
 def build_model(params: TrainParams, env: SharedMemoryVecEnv) -> DrivingPPO:
     """The PPO of these parameters, on its device."""
+    th.set_num_threads(1)  # orthogonal weights differ in the last bits with the threads that compute them
     device = choose_device(params.device)
     # Not by PPO's own `seed`: that would also seed the environments, whose tracks have a sequence of their own.
     set_random_seed(params.seed, using_cuda=device.type == "cuda")

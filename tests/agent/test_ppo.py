@@ -57,6 +57,17 @@ def rolled_out() -> Iterator[DrivingPPO]:
     model.env.close()
 
 
+def test_initial_weights_are_the_same_whatever_the_threads() -> None:
+    threads, weights = th.get_num_threads(), []
+    for number in (1, 2):
+        th.set_num_threads(number)
+        model = build(parameters(features_dim=512, resize=84))
+        weights.append(model.policy.state_dict())
+        model.env.close()
+    th.set_num_threads(threads)
+    assert all(th.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def driven_by_hand(
     model: DrivingPPO, index: int
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, dict[int, np.ndarray]]:
