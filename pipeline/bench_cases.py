@@ -60,7 +60,7 @@ the episodes are as long as stock's, whose rules end them alone."""
 def _training_env(params: TrainParams) -> Iterator[Work]:
     import cv2
 
-    from pipeline.sim.env import make_training_env
+    from pipeline.sim.training_env import make_training_env
 
     cv2.setNumThreads(1)
     env = make_training_env(params.model_copy(update=LONG_EPISODES), 0)
@@ -72,7 +72,7 @@ def _training_env(params: TrainParams) -> Iterator[Work]:
 
 
 def _vec_env(params: TrainParams, n_workers: int) -> SharedMemoryVecEnv:
-    from pipeline.sim.env import make_training_env
+    from pipeline.sim.training_env import make_training_env
     from pipeline.sim.vec_env import SharedMemoryVecEnv
 
     return SharedMemoryVecEnv([partial(make_training_env, params, i) for i in range(params.n_envs)], n_workers)

@@ -53,7 +53,7 @@ def train(
     from pipeline.agent.callbacks import EveryRollout
     from pipeline.evaluation import Evaluator
     from pipeline.session import Session, announce, build_logger, validation_tracks
-    from pipeline.sim.env import make_training_env
+    from pipeline.sim.training_env import make_training_env
     from pipeline.sim.vec_env import SharedMemoryVecEnv
     from pipeline.tracking.folder import one_writer, run_folder, set_aside, start_log
     from pipeline.tracking.run import Run

@@ -142,7 +142,7 @@ def test_an_environment_steps_without_torch_and_mlflow() -> None:
 import sys
 import pipeline.sim.worker
 from pipeline.config import TrainParams, load
-from pipeline.sim.env import make_training_env
+from pipeline.sim.training_env import make_training_env
 env = make_training_env(load(TrainParams), 0)
 env.reset()
 env.step(env.action_space.sample())

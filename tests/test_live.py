@@ -18,7 +18,7 @@ from pipeline.agent.ppo import DrivingPPO
 from pipeline.config import ConfigError, TrainParams, load
 from pipeline.live import GAP, PREPROCESSED, RAW, Look, TrainingWindows
 from pipeline.media.viewer import CAPTION_HEIGHT, Viewer
-from pipeline.sim.env import make_training_env
+from pipeline.sim.training_env import make_training_env
 from pipeline.sim.vec_env import SharedMemoryVecEnv
 from pipeline.train import one_environment
 from tests.conftest import ROOT

@@ -73,9 +73,12 @@ class EpisodeStatistics(BaseCallback):
     def __init__(self) -> None:
         super().__init__()
         self.episodes: deque[dict[str, float]] = deque(maxlen=EPISODES)
+        self._retries: list[float] = []  # of this rollout
 
     def _on_step(self) -> bool:
-        self.episodes.extend(info["episode"] for info in self.locals["infos"] if "episode" in info)
+        infos = self.locals["infos"]
+        self.episodes.extend(info["episode"] for info in infos if "episode" in info)
+        self._retries += [info["retry"] for info in infos if "retry" in info]
         return True
 
     def _on_rollout_end(self) -> None:
@@ -83,6 +86,9 @@ class EpisodeStatistics(BaseCallback):
             self.logger.record(f"rollout/{key}", float(np.mean([e[key] for e in self.episodes])))
         if laps := [e["lap_time"] for e in self.episodes if e["lap_finished"]]:
             self.logger.record("rollout/lap_time", float(np.mean(laps)))
+        if self._retries:
+            self.logger.record("rollout/retry_success", float(np.mean(self._retries)))
+            self._retries = []
         self._record_actions(self.model.rollout_buffer.actions)  # type: ignore[attr-defined]
 
     def _record_actions(self, actions: Any) -> None:

@@ -168,6 +168,7 @@ class TrainParams(ObservationParams, NetworkParams):
         description="the end of a lap is bootstrapped like a time limit (the car can't see it), not an end worth 0"
     )
     reverse_laps: Probability = Field(description="share of training episodes that drive the lap the other way round")
+    retries: Int = Field(ge=0, le=20, description="tries more on the road before a mistake: a missed tile, a lost car")
     time_penalty: float = Field(ge=0, le=10, description="extra reward lost per frame, on top of the game's 0.1")
     steer_penalty: float = Field(ge=0, le=10, description="reward lost per decision per squared change of steering")
     eval_freq: Int = Field(ge=0, le=10**10, description="agent steps between validations; 0 = only at the end")

@@ -1,7 +1,7 @@
-"""The way of a frame: CarRacing -> frame skip -> action axes -> shaping -> preprocessing -> stack.
+"""The way of a frame: CarRacing -> frame skip -> action axes -> preprocessing -> stack.
 
-One wrapper is one transformation. :func:`make_env` names them all in order. The state of an environment is the number
-of its episode and the actions since: :class:`TrackSequence` and :meth:`FrameStack.replay` bring it back exactly.
+One wrapper is one transformation. :func:`make_env` names them all in order; what a training adds is in
+:mod:`pipeline.sim.training_env`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from pipeline.config import FIRST_TRAINING_TRACK, ObservationParams, TrainParams
+from pipeline.config import ObservationParams
 from pipeline.sim.car_racing import LazyCarRacing
-from pipeline.sim.driving_state import DrivingState
-from pipeline.sim.shaping import Shaping
 
 Observation = NDArray[np.uint8]
 Step = tuple[Any, float, bool, bool, dict[str, Any]]
@@ -131,60 +129,6 @@ class FrameStack(gym.Wrapper[Any, Any, Any, Any]):
         return self._frames, float(reward), terminated, truncated, info
 
 
-class TrackSequence(gym.Wrapper[Any, Any, Any, Any]):
-    """Each ``reset()`` starts the next episode of this environment's own sequence of training tracks.
-
-    Episode ``k`` of environment ``index`` drives the track of :func:`training_track` whatever came before, so
-    ``(episode, actions since)`` is the whole state; :meth:`replay` brings it back. ``reset(seed=n)`` drives track ``n``
-    and does not advance the sequence.
-    """
-
-    def __init__(self, env: gym.Env[Any, Any], seed: int, index: int, reverse_laps: float = 0.0) -> None:
-        super().__init__(env)
-        self.seed, self.index, self.reverse_laps = seed, index, reverse_laps
-        self.episode = -1
-        self._frame_skip = find_wrapper(env, FrameSkip)
-        self._stack = find_wrapper(env, FrameStack).stack
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
-        if seed is None:
-            self.episode += 1
-            seed = training_track(self.seed, self.index, self.episode)
-            options = {"reverse": is_reversed(seed, self.reverse_laps)}
-        observation, info = self.env.reset(seed=seed, options=options)
-        return observation, {**info, "episode_index": self.episode, "track": seed}
-
-    def replay(self, episode: int, actions: NDArray[np.float32]) -> Observation:
-        """Return to the state after ``actions`` (t, action_dim) in ``episode``; returns its observation.
-
-        Only the pictures that are still in the stack are drawn, so a replay costs physics alone (0.05 ms a frame).
-        """
-        self.episode = episode - 1
-        undrawn = len(actions) - self._stack
-        self._frame_skip.muted = undrawn >= 0
-        observation, _ = self.reset()
-        for t, action in enumerate(actions):
-            self._frame_skip.muted = t < undrawn
-            observation, *_ = self.env.step(action)
-        return observation
-
-
-def training_track(seed: int, index: int, episode: int) -> int:
-    """Track of an episode: a hash of all three, at or above ``FIRST_TRAINING_TRACK``."""
-    word = int(np.random.SeedSequence([seed, index, episode]).generate_state(1)[0])
-    return FIRST_TRAINING_TRACK + word % (2**31 - FIRST_TRAINING_TRACK)
-
-
-def is_reversed(track: int, share: float) -> bool:
-    """Whether a track is among the ``share`` that is driven the other way round.
-
-    The game's tracks turn left: right-hand hairpins are so rare that a policy cuts them and misses their tiles.
-    """
-    return bool(np.random.default_rng(track).random() < share)
-
-
 def find_wrapper(env: gym.Env[Any, Any], kind: type[Any]) -> Any:
     """The wrapper of that class within ``env``."""
     while not isinstance(env, kind):
@@ -203,24 +147,15 @@ def make_env(
     """The game as a policy plays it: raw reward, stock rules, and by default stock pictures."""
     env: gym.Env[Any, Any] = gym.make(game, render_mode=render_mode, disable_env_checker=True)
     env = FrameSkip(FrameHook(env, on_frame) if on_frame else env, observation.frame_skip)
-    return _observed(_driven(env, observation), observation)
+    return observed(driven(env, observation), observation)
 
 
-def make_training_env(params: TrainParams, index: int) -> TrackSequence:
-    """Environment ``index`` of a training: shaped reward, its own endless sequence of tracks."""
-    gray = {"grayscale": params.grayscale} if params.env_id == FAST else {}
-    game = FAST if params.env_id == FAST else STOCK
-    env: gym.Env[Any, Any] = FrameSkip(gym.make(game, disable_env_checker=True, **gray), params.frame_skip)
-    env = shaped = Shaping(_driven(env, params), params)
-    if params.privileged_critic:
-        env = DrivingState(shaped)
-    return TrackSequence(_observed(env, params), params.seed, index, params.reverse_laps)
-
-
-def _driven(env: gym.Env[Any, Any], observation: ObservationParams) -> gym.Env[Any, Any]:
+def driven(env: gym.Env[Any, Any], observation: ObservationParams) -> gym.Env[Any, Any]:
+    """With the action axes that a policy steers by."""
     return SteerThrottle(env) if observation.action_axes == "steer_throttle" else env
 
 
-def _observed(env: gym.Env[Any, Any], observation: ObservationParams) -> gym.Env[Any, Any]:
+def observed(env: gym.Env[Any, Any], observation: ObservationParams) -> gym.Env[Any, Any]:
+    """With the observations that a policy sees."""
     env = Preprocess(env, observation.grayscale, observation.resize)
     return FrameStack(env, observation.frames_stack)

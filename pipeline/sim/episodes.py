@@ -17,7 +17,7 @@ class EnvState:
 
     Attributes:
         episode: Number of the episode in the environment's own sequence; the last one if ``seed`` is given.
-        actions: Actions since the episode began, (t, *action_shape).
+        actions: Actions since the episode began, over all of its tries, (t, *action_shape).
         seed: Set if the episode was begun by ``reset(seed=seed)``, outside of the sequence.
     """
 
@@ -31,7 +31,8 @@ class Replayable(Protocol):
     """An environment with a deterministic sequence of episodes, whose state can be brought back exactly.
 
     ``reset()`` begins the next episode of the sequence and ``reset(seed=...)`` an episode outside of it. The info of
-    both carries the number of the last episode begun in the sequence as ``episode_index`` (-1 before the first).
+    both carries the number of the last episode begun in the sequence as ``episode_index`` (-1 before the first). If
+    ``reset()`` after the end of an episode tells the same number again, that episode goes on, and so do its actions.
     """
 
     def replay(self, episode: int, actions: NDArray[Any]) -> NDArray[Any]:
@@ -53,10 +54,13 @@ class Episodes:
         self._actions = np.empty((n_envs, 256, *action_space.shape), action_space.dtype)
 
     def begin(self, index: int, info: Mapping[str, Any], seed: int | None = None, options: Any = None) -> None:
-        """Note that a reset with these arguments began an episode and returned ``info``."""
+        """Note that a reset with these arguments returned ``info``: it began an episode, or went on with the last."""
+        number = info.get("episode_index") if self.replayable and not options else None
+        present = self._numbers[index] if self.begun[index] and self._seeds[index] is None else None
+        if seed is None and number is not None and number == present:
+            return  # it goes on
         self.begun[index] = True
-        self._numbers[index] = info.get("episode_index") if self.replayable and not options else None
-        self._seeds[index] = seed
+        self._numbers[index], self._seeds[index] = number, seed
         self._lengths[index] = 0
 
     def append(self, indices: list[int], actions: NDArray[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Any
 
 import gymnasium as gym
@@ -20,6 +21,12 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
 
     Scores never see this wrapper. At its end an episode tells ``info["episode"]``: the game's own return ``r``, its
     length ``l`` in decisions (SB3's names), and what explains them.
+
+    Attributes:
+        front: Tiles between the start and the foremost place that the car has reached.
+        frames_on_grass: Frames since three wheels left the road.
+        frames_stalled: Frames since the last new tile.
+        mistake: Decisions until the car reached the first tile that it then missed, or until it was lost; else None.
     """
 
     def __init__(self, env: gym.Env[Any, Any], params: TrainParams) -> None:
@@ -32,6 +39,8 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
         self._raw_return = self._shaped_return = self._steer = 0.0
         self._decisions = self._frames = self.frames_on_grass = self.frames_stalled = self._tiles = 0
         self.front = self._missed = 0
+        self._fronts: list[int] = []  # after each decision
+        self.mistake: int | None = None
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         self._begin()
@@ -46,6 +55,9 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
             shaped -= self.params.early_end_penalty
             terminated = True
         self._lost = terminated and not info["lap_finished"]  # hopeless, or off the playfield
+        if self._lost and self.mistake is None:
+            astray = max(self.frames_on_grass, self.frames_stalled) // self.params.frame_skip
+            self.mistake = max(self._decisions - astray, 0)
         if (info["lap_finished"] or self._lap_over()) and self.params.bootstrap_lap:
             # The car can't see that the lap ends here: to the learner the road goes on.
             terminated, truncated = False, True
@@ -90,8 +102,12 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
         n_tiles, game = len(self._car_racing.track), self._car_racing
         before = max(self.front - TILES_BEHIND, 0)
         self.front = game.progress(self.front)
+        self._fronts.append(self.front)
         behind = min(self.front - TILES_BEHIND, n_tiles)
-        return sum(not game.is_visited(place) for place in range(before, behind))
+        missed = [place for place in range(before, behind) if not game.is_visited(place)]
+        if missed and self.mistake is None:
+            self.mistake = bisect_left(self._fronts, missed[0])
+        return len(missed)
 
     def tiles_in_doubt(self) -> int:
         """Unvisited tiles just behind the foremost wheel, which the next decisions visit or miss."""

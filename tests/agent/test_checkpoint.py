@@ -16,7 +16,7 @@ from pipeline.agent import checkpoint
 from pipeline.agent.build import build_model
 from pipeline.agent.ppo import DrivingPPO
 from pipeline.config import TrainParams, load
-from pipeline.sim.env import make_training_env
+from pipeline.sim.training_env import make_training_env
 from pipeline.sim.vec_env import SharedMemoryVecEnv
 
 ROLLOUT = 4 * 32

@@ -27,7 +27,7 @@ from pipeline.agent.build import build_model
 from pipeline.agent.policy import Policy, PolicyError, build_network, load, save
 from pipeline.config import NetworkParams, ObservationParams, TrainParams
 from pipeline.config import load as load_params
-from pipeline.sim.env import make_training_env
+from pipeline.sim.training_env import make_training_env
 from pipeline.sim.vec_env import SharedMemoryVecEnv
 
 OBSERVATION = ObservationParams(frame_skip=4, frames_stack=2, grayscale=False, resize=48, action_axes="steer_throttle")

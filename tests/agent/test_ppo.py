@@ -19,7 +19,7 @@ from pipeline.agent.ppo import DrivingPPO
 from pipeline.agent.reward import RewardScaler
 from pipeline.config import TrainParams, load
 from pipeline.sim.driving_state import KEY
-from pipeline.sim.env import make_training_env
+from pipeline.sim.training_env import make_training_env
 from pipeline.sim.vec_env import SharedMemoryVecEnv
 
 N_ENVS, N_STEPS = 3, 80  # odd, so that the groups differ; 16 frames a decision reach the time limit after 63 decisions

@@ -20,7 +20,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from pipeline.sim.env import make_training_env
+from pipeline.sim.training_env import make_training_env
 
 
 def die(point: str) -> None:
@@ -244,7 +244,7 @@ def make_raising_env(marks: Path, params: Any, index: int) -> gym.Env[Any, Any]:
 
 def raising_environments(marks: Path) -> None:
     """Have every environment raise once."""
-    import pipeline.sim.env
+    import pipeline.sim.training_env
 
     marks.mkdir(exist_ok=True)
-    pipeline.sim.env.make_training_env = functools.partial(make_raising_env, marks)
+    pipeline.sim.training_env.make_training_env = functools.partial(make_raising_env, marks)

@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.config import TrainParams, load
 from pipeline.sim.driving_state import CAR, KEY, PATH, STATE_SIZE, DrivingState
-from pipeline.sim.env import find_wrapper, make_training_env
+from pipeline.sim.env import find_wrapper
+from pipeline.sim.training_env import make_training_env
 from tests.conftest import ROOT
 from tests.sim.driving import follow_road
 

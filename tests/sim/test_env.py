@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -11,22 +10,18 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from pipeline.config import FIRST_TRAINING_TRACK, ObservationParams, track_list
+from pipeline.config import ObservationParams
 from pipeline.sim.env import (
     FrameSkip,
     FrameStack,
     Preprocess,
     find_wrapper,
-    is_reversed,
     make_env,
-    make_training_env,
     preprocess,
     to_pedals,
-    training_track,
 )
 from pipeline.sim.shaping import Shaping
-from tests.conftest import ROOT
-from tests.sim.games import held, steering, stock, train_params
+from tests.sim.games import held, steering, stock
 
 OBSERVATION = ObservationParams(frame_skip=4, frames_stack=3, grayscale=True, resize=64, action_axes="steer_throttle")
 
@@ -144,70 +139,6 @@ def test_a_reversed_lap_begins_at_the_same_place_the_other_way_round() -> None:
     assert np.abs(picture.astype(float) - game.stock_picture()).mean() < 0.5
     ours.reset(seed=5)  # and back
     assert tuple(game.car.hull.position) == tuple(other.car.hull.position)
-
-
-def test_reversed_laps_are_a_share_of_the_tracks() -> None:
-    assert np.mean([is_reversed(track, 0.25) for track in range(4000)]) == pytest.approx(0.25, abs=0.03)
-    assert not any(is_reversed(track, 0.0) for track in range(100))
-
-
-# Tracks and replay
-
-
-def test_training_tracks_are_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = train_params(monkeypatch)
-    tracks = [training_track(seed, index, k) for seed in range(3) for index in range(16) for k in range(50)]
-    assert len(set(tracks)) > 0.999 * len(tracks)
-    assert FIRST_TRAINING_TRACK <= min(tracks) <= max(tracks) < 2**31
-    validation = range(params.validation_seed, params.validation_seed + params.n_eval_episodes)
-    files = [ROOT / "params.yaml", *(ROOT / "configs").glob("*.yaml")]
-    test = {t for path in files for t in tracks_in(path)}
-    assert not (set(validation) | test) & set(tracks)
-    assert max(validation, default=0) < FIRST_TRAINING_TRACK
-    assert max(test) < FIRST_TRAINING_TRACK
-
-
-def tracks_in(path: Path) -> list[int]:
-    lines = [line.split('"')[1] for line in path.read_text().splitlines() if line.startswith("tracks:")]
-    return [track for line in lines for track in track_list(line)]
-
-
-def test_an_environments_tracks_follow_from_seed_index_and_episode(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = train_params(monkeypatch)
-    env = make_training_env(params, 3)
-    infos = [env.reset()[1], env.reset()[1], env.reset(seed=12)[1], env.reset()[1]]
-    assert [info["episode_index"] for info in infos] == [0, 1, 1, 2]
-    expected = [training_track(params.seed, 3, k) for k in (0, 1)]
-    assert [info["track"] for info in infos] == [*expected, 12, training_track(params.seed, 3, 2)]
-
-
-@pytest.mark.parametrize("game", ["CarRacing-v3", "FastCarRacing-v3"])
-@pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 30])
-def test_replay_equals_driving_there(game: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = train_params(monkeypatch, env_id=game, reverse_laps=float(length % 2))
-    driven, replayed = make_training_env(params, 1), make_training_env(params, 1)
-    actions = steering(length + 4)
-    driven.reset()
-    observation, _ = driven.reset()  # episode 1
-    for action in actions[:length]:
-        observation = driven.step(action)[0]
-    np.testing.assert_array_equal(replayed.replay(1, actions[:length]), observation)
-    for action in actions[length:]:
-        expected, got = driven.step(action), replayed.step(action)
-        np.testing.assert_array_equal(got[0], expected[0])
-        assert got[1:4] == expected[1:4]
-        np.testing.assert_equal(got[4], expected[4])
-    np.testing.assert_array_equal(replayed.reset()[0], driven.reset()[0])  # and the next episode
-
-
-def test_a_replay_draws_no_more_than_the_stack_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = make_training_env(train_params(monkeypatch), 0)
-    game: Any = env.unwrapped
-    drawn: list[int] = []
-    picture = game.picture
-    monkeypatch.setattr(game, "picture", lambda: (drawn.append(game.frames), picture())[1])
-    env.replay(0, steering(10))
-    assert drawn == [7 * 4 + 3, 8 * 4 + 3, 9 * 4 + 3]
 
 
 def test_find_wrapper_names_what_is_missing() -> None:

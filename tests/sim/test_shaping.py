@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.sim.env import find_wrapper, make_training_env, to_pedals
+from pipeline.sim.env import find_wrapper, to_pedals
+from pipeline.sim.training_env import make_training_env
 from tests.sim.driving import drive_to
 from tests.sim.games import Stock, held, steering, stock, train_params
 

@@ -27,7 +27,8 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
 
 from pipeline.config import TrainParams, load
-from pipeline.sim.env import make_training_env
+from pipeline.sim.episodes import Episodes
+from pipeline.sim.training_env import make_training_env
 from pipeline.sim.vec_env import SharedMemoryVecEnv, WorkerError
 from tests.sim.toys import Counter, Endless, Forgetful, Plain, Unlucky, plain
 
@@ -70,6 +71,16 @@ def reset_and_run(venv: VecEnv) -> list[Any]:
         return [plainly(venv.reset()), *run(venv)]
     finally:
         venv.close()
+
+
+def test_an_episode_that_goes_on_keeps_its_actions() -> None:
+    episodes = Episodes(1, spaces.Box(-1, 1, (2,), np.float32), replayable=True)
+    lengths = []
+    for number, seed in ((3, None), (3, None), (4, None), (4, 7), (4, 7), (5, None)):
+        episodes.begin(0, {"episode_index": number}, seed)
+        episodes.append([0], np.zeros((1, 2), np.float32))
+        lengths.append(len(episodes.state(0).actions))
+    assert lengths == [1, 2, 1, 1, 1, 1]
 
 
 # The same as stable-baselines3's own, and as without workers
@@ -575,7 +586,7 @@ import os, signal, sys
 import numpy as np
 from functools import partial
 from pipeline.config import TrainParams, load
-from pipeline.sim.env import make_training_env
+from pipeline.sim.training_env import make_training_env
 from pipeline.sim.vec_env import SharedMemoryVecEnv
 from tests.sim.toys import Counter
 
