@@ -177,6 +177,7 @@ MUTATIONS = {
         ("same_again", "weights are seeded by the clock", seed_of_the_clock),
         ("server_away", "what MLflow does not take is dropped", dropped_when_away),
         ("server_away", "the training itself sends, and waits", training_waits_for_mlflow),
+        ("postgres_killed", "what MLflow does not take is dropped", dropped_when_away),
         ("killed_dvc", "the stage does not watch its dvc", dvc_unwatched),
         ("parameter_files", "types and ranges are not checked", types_unchecked),
         ("hostile", "SB3 zips are unpickled", zips_unpickled),

@@ -82,6 +82,20 @@ def test_a_store_that_cannot_be_used_is_one_clear_message(
     assert "unset MLFLOW_TRACKING_URI" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "uri", ["http://ann:hush-hush@127.0.0.1:1", "http://ann:hush@hush@127.0.0.1:1", "nonsense://ann:hush@here/db"]
+)
+def test_no_message_shows_the_password_in_the_address(
+    uri: str, bare_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingError, match=r"://\*\*\*@(127|here)") as raised:
+        connect()
+    assert "hush" not in str(raised.value)
+    assert "ann" not in str(raised.value)
+
+
 @pytest.fixture
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real MLflow server on a free port, with a database of its own."""
