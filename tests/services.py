@@ -199,11 +199,12 @@ class Postgres(Service):
         self.query(f'CREATE DATABASE "{database}"')
         return self.uri(database)
 
-    def dump(self, database: str) -> str:
-        """Everything in a database, as SQL."""
-        command = [str(self.tools / "pg_dump"), "-h", "127.0.0.1", "-p", str(self.port), "-U", "mlflow", database]
-        environment = {**os.environ, **self.environment}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    def run(self, tool: str, *options: str, data: bytes = b"") -> bytes:
+        """What one of PostgreSQL's programs prints."""
+        command = [str(self.tools / tool), "-h", "127.0.0.1", "-p", str(self.port), "-U", "mlflow", *options]
+        return subprocess.run(
+            command, env={**os.environ, **self.environment}, input=data, stdout=subprocess.PIPE, check=True
+        ).stdout
 
     def remove(self) -> None:
         """End it and delete its data."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import mlflow
 from filelock import FileLock
@@ -55,7 +56,7 @@ def connect() -> MlflowClient:
         with _one_at_a_time():
             client = MlflowClient()
             client.search_experiments(max_results=1)
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # the last: a database's driver
         raise _unusable(uri, error) from None
     return client
 
@@ -97,6 +98,15 @@ def _one_at_a_time() -> AbstractContextManager[object]:
 
 def _is_local() -> bool:
     return str(mlflow.get_tracking_uri()).startswith("sqlite")
+
+
+@contextmanager
+def in_one_message() -> Iterator[None]:
+    """Raise what MLflow raises inside as a :class:`TrackingError`: a server may go away at any call."""
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError) as error:
+        raise _unusable(str(mlflow.get_tracking_uri()), error) from None
 
 
 def _unusable(uri: str, error: Exception) -> TrackingError:
