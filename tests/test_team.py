@@ -72,6 +72,9 @@ def test_images_are_pinned_and_every_service_says_whether_it_is_well() -> None:
         assert service["healthcheck"]["test"], name
         assert re.fullmatch(r".+:v?\d+\.\d+[\w.]*", service.get("image", "built:1.0")), "a release, not what is newest"
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), "open on loopback alone"
+    page = (ROOT / "docs/team.md").read_text(encoding="utf-8")
+    images = [service["image"] for service in found.values() if "image" in service]
+    assert [image for image in images if f"`{image}`" not in page] == []
     assert "--constraint constraints.txt" in found["mlflow"]["build"]["dockerfile_inline"]
     assert found["mlflow"]["depends_on"] == {name: {"condition": "service_healthy"} for name in ("postgres", "s3")}
 
