@@ -115,7 +115,7 @@ def test_postgres_killed(
 def train_through_kills(folder: Path, services: tuple[Service, ...], uri: str) -> float:
     """Kill one service after another at any moment; returns the longest time that telling has taken [s].
 
-    Rollouts are let through in as many parts as there are kills, so that the training lasts as long as these.
+    Rollouts are let through in as many parts as there are kills, so that each kill finds the training at work.
     """
     stall, gate = folder / "stall.txt", folder / "gate"
     gate.touch()
@@ -125,14 +125,15 @@ def train_through_kills(folder: Path, services: tuple[Service, ...], uri: str) -
         failpoints.time_the_spool(stall)
 
     victim = Victim(folder, prepare, MLFLOW_TRACKING_URI=uri)
-    victim.wait_for("runs/*/spool-*.jsonl")
+    policies, part = "runs/*/checkpoints/policy_*.safetensors", ROLLOUTS // KILLS_IN_A_TRAINING
     for kill in range(KILLS_IN_A_TRAINING):
-        let_through(gate, ROLLOUTS // KILLS_IN_A_TRAINING)
-        time.sleep(rng.uniform(0.0, 4.0))
+        let_through(gate, part)
+        victim.wait_for(policies, count=part * kill + 1)  # the training has begun to tell of this part,
+        time.sleep(rng.uniform(0.0, 1.0))
         service = services[kill % len(services)]
         service.kill()
-        time.sleep(rng.uniform(1.0, 4.0))
-        assert victim.processes(), victim.said()[-3000:]
+        victim.wait_for(policies, count=part * (kill + 1))  # and tells the rest of it while nobody listens,
+        time.sleep(rng.uniform(5.0, 9.0))  # which its sender has noticed by then
         service.start()
     let_through(gate, ROLLOUTS)
     victim.finish()
