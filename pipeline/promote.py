@@ -199,12 +199,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.policy.suffix != ".safetensors" or not arguments.policy.is_file():
         fail(f"{arguments.policy}: expected a .safetensors policy file; train one with `python -m pipeline.train`")
     from pipeline.agent.policy import PolicyError
-    from pipeline.tracking.store import TrackingError
+    from pipeline.tracking.store import TrackingError, in_one_message
 
     for noisy in ("alembic", "mlflow"):  # after its import, which sets its own level
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        print(promote(params, arguments.policy))
+        with in_one_message():
+            print(promote(params, arguments.policy))
     except (PolicyError, TrackingError) as error:
         fail(error)
 

@@ -162,12 +162,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         log_root = load(TrainParams).log_root
     except ConfigError as error:
         fail(error)
-    from pipeline.tracking.store import TrackingError
+    from pipeline.tracking.store import TrackingError, in_one_message
 
     for noisy in ("alembic", "mlflow"):  # after its import, which sets its own level
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        print(sync(project_root() / log_root))
+        with in_one_message():
+            print(sync(project_root() / log_root))
     except TrackingError as error:
         fail(error)
 

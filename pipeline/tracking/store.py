@@ -6,7 +6,9 @@ With nothing set, ``mlflow ui`` without flags in the checkout shows what is writ
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import mlflow
 from filelock import FileLock
@@ -28,6 +30,8 @@ training, `rollout/ep_rew_mean` is the raw return of the exploring policy, `roll
 on.
 """
 
+USERINFO = re.compile(r"(?<=://)[^/\s]*@")
+"""User and password in a URL (RFC 3986, 3.2.1); to the last ``@``: a password may hold one."""
 _ENVIRONMENT = {
     # A server that is away is noticed in seconds, not in MLflow's default of four minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -52,7 +56,7 @@ def connect() -> MlflowClient:
         with _one_at_a_time():
             client = MlflowClient()
             client.search_experiments(max_results=1)
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # the last: a database's driver
         raise _unusable(uri, error) from None
     return client
 
@@ -76,6 +80,8 @@ def _choose_store() -> str:
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(project_root() / 'mlflow.db').as_posix()}"
+    if USERINFO.search(uri):
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # the link to a run would show the password
     mlflow.set_tracking_uri(uri)
     return uri
 
@@ -94,9 +100,18 @@ def _is_local() -> bool:
     return str(mlflow.get_tracking_uri()).startswith("sqlite")
 
 
+@contextmanager
+def in_one_message() -> Iterator[None]:
+    """Raise what MLflow raises inside as a :class:`TrackingError`: a server may go away at any call."""
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError) as error:
+        raise _unusable(str(mlflow.get_tracking_uri()), error) from None
+
+
 def _unusable(uri: str, error: Exception) -> TrackingError:
     return TrackingError(
-        f"MLflow at {uri} can't be used: {first_line(error)}\n"
+        f"MLflow at {without_password(uri)} can't be used: {first_line(error)}\n"
         "Start that server, or unset MLFLOW_TRACKING_URI to keep runs in this folder."
     )
 
@@ -107,8 +122,13 @@ def is_missing(error: MlflowException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message, without the pages that some libraries add to it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """An error's message, without the pages that some libraries add to it and the passwords of URLs in it."""
+    return without_password((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
+
+
+def without_password(text: str) -> str:
+    """A text in which ``scheme://user:password@`` has become ``scheme://***@``: it may go to a log."""
+    return USERINFO.sub("***@", text)
 
 
 def experiment_id(client: MlflowClient) -> str:

@@ -4,36 +4,43 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+Rows = list[tuple[Any, ...]]
+Store = Path | Callable[[str], Rows]
+"""A project's folder, whose database is SQLite's, or what runs a query elsewhere."""
 Point = tuple[str, int, float]
 TIMES = ("time/", "system/")
 """Metrics that depend on the clock."""
 
 
-def query(project: Path, sql: str, *values: object) -> list[tuple[object, ...]]:
-    """Rows of a project's database."""
-    with closing(sqlite3.connect(project / "mlflow.db", timeout=30)) as connection:
-        return connection.execute(sql, values).fetchall()
+def query(store: Store, sql: str) -> Rows:
+    """Rows of MLflow's database."""
+    if not isinstance(store, Path):
+        return store(sql)
+    with closing(sqlite3.connect(store / "mlflow.db", timeout=30)) as connection:
+        return connection.execute(sql).fetchall()
 
 
-def statuses(project: Path) -> Counter[str]:
+def statuses(store: Store) -> Counter[str]:
     """How many runs are in which state."""
-    return Counter(str(status) for (status,) in query(project, "SELECT status FROM runs"))
+    return Counter(str(status) for (status,) in query(store, "SELECT status FROM runs"))
 
 
-def last_status(project: Path) -> str:
+def last_status(store: Store) -> str:
     """State of the run that began last."""
-    rows = query(project, "SELECT status FROM runs ORDER BY start_time DESC LIMIT 1")
+    rows = query(store, "SELECT status FROM runs ORDER BY start_time DESC LIMIT 1")
     return str(rows[0][0]) if rows else "none"
 
 
-def metrics(project: Path) -> list[Point]:
+def metrics(store: Store) -> list[Point]:
     """All of the last run's metrics that the clock doesn't decide, sorted."""
     last = "SELECT run_uuid FROM runs ORDER BY start_time DESC LIMIT 1"
-    rows = query(project, f"SELECT key, step, value FROM metrics WHERE run_uuid = ({last})")
-    points = [(str(key), int(str(step)), float(str(value))) for key, step, value in rows]
+    rows = query(store, f"SELECT key, step, value FROM metrics WHERE run_uuid = ({last})")
+    points = [(str(key), int(step), float(value)) for key, step, value in rows]
     return sorted(point for point in points if not point[0].startswith(TIMES))
 
 

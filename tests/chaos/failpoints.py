@@ -188,6 +188,21 @@ def slow_rollouts(seconds: float) -> None:
     DrivingPPO.collect_rollouts = slowly  # type: ignore[method-assign]
 
 
+def held_rollouts(gate: Path) -> None:
+    """Let as many rollouts begin as the gate's file has bytes: the harness may add some at any time."""
+    from pipeline.agent.ppo import DrivingPPO
+
+    collect, numbers = DrivingPPO.collect_rollouts, itertools.count(1)
+
+    def when_let(*args: Any, **kwargs: Any) -> bool:
+        number = next(numbers)
+        while gate.stat().st_size < number:
+            time.sleep(0.05)
+        return collect(*args, **kwargs)
+
+    DrivingPPO.collect_rollouts = when_let  # type: ignore[method-assign]
+
+
 def time_the_spool(path: Path) -> None:
     """Write down the longest time that telling MLflow something has taken the training [s]."""
     from pipeline.tracking.spool import Spool

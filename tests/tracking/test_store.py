@@ -14,7 +14,14 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.tracking.store import PRIMARY_METRIC, TrackingError, connect, experiment_id
+from pipeline.tracking.store import (
+    PRIMARY_METRIC,
+    TrackingError,
+    connect,
+    experiment_id,
+    in_one_message,
+    refuse_impossible,
+)
 from tests.tracking.runs import begun
 
 BEGIN = "from pipeline.tracking.run import Run; print(Run.begin('one', {'seed': 0}, {}).flush())"
@@ -80,6 +87,38 @@ def test_a_store_that_cannot_be_used_is_one_clear_message(
         connect()
     assert uri in str(raised.value)
     assert "unset MLFLOW_TRACKING_URI" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://ann:hush-hush@127.0.0.1:1",
+        "http://ann:hush@hush@127.0.0.1:1",
+        "nonsense://ann:hush@here/db",
+        "postgresql+asyncpg://ann:hush@127.0.0.1:1/db",  # a driver that is not installed
+    ],
+)
+def test_no_message_shows_the_password_in_the_address(
+    uri: str, bare_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingError, match=r"://\*\*\*@(127|here)") as raised:
+        connect()
+    assert "hush" not in str(raised.value)
+    assert "ann" not in str(raised.value)
+
+
+def test_a_server_that_goes_away_at_any_call_is_one_message(
+    bare_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:hush@127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    refuse_impossible()  # asks nobody
+    expected = r"MLflow at http://\*\*\*@127\.0\.0\.1:1 can't be used"
+    with pytest.raises(TrackingError, match=expected) as raised, in_one_message():
+        MlflowClient().get_run("0" * 32)
+    assert "hush" not in str(raised.value)
 
 
 @pytest.fixture
