@@ -212,15 +212,19 @@ def write_table(path: Path, episodes: Iterable[Episode]) -> None:
 
 def read_table(path: Path) -> list[Episode]:
     """Read what :func:`write_table` wrote."""
-    with path.open(newline="") as file:
-        return [
-            Episode(
-                track=int(row["track"]),
-                episode_return=float(row["episode_return"]),
-                frames=int(row["frames"]),
-                lap_finished=row["lap_finished"] == "True",
-                tiles=int(row["tiles"]),
-                n_tiles=int(row["n_tiles"]),
-            )
-            for row in csv.DictReader(file)
-        ]
+    return parse_table(path.read_text())
+
+
+def parse_table(text: str) -> list[Episode]:
+    """The episodes of a table that :func:`write_table` wrote."""
+    return [
+        Episode(
+            track=int(row["track"]),
+            episode_return=float(row["episode_return"]),
+            frames=int(row["frames"]),
+            lap_finished=row["lap_finished"] == "True",
+            tiles=int(row["tiles"]),
+            n_tiles=int(row["n_tiles"]),
+        )
+        for row in csv.DictReader(text.splitlines())
+    ]
