@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipeline.tracking.experiments import Experiment
 
 HELP = (
-    "policy file, or models:/NAME@ALIAS or models:/NAME/NUMBER of the registry, or a DVC experiment, or a run in MLflow "
+    "policy file, models:/NAME@ALIAS or models:/NAME/NUMBER of the registry, a DVC experiment, a run in MLflow "
     "(id, or of a name the newest), or runs:/ID/PATH"
 )
 SCHEMES = ("models:", "runs:")

@@ -77,12 +77,21 @@ class ScoreCache:
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 
+    def forget(self, tracks: Iterable[int]) -> None:
+        """Drop the drives of these tracks."""
+        gone = set(tracks)
+        self._rewrite(lambda known: {track: each for track, each in known.items() if track not in gone})
+
     def add(self, episodes: Iterable[Episode]) -> None:
         """Keep drives beside the known ones, also those that another process adds at the same time."""
+        new = {episode.track: episode for episode in episodes}
+        self._rewrite(lambda known: known | new)
+
+    def _rewrite(self, change: Callable[[dict[int, Episode]], dict[int, Episode]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_suffix(".lock")):
-            known = self.read() | {episode.track: episode for episode in episodes}
-            rows = [asdict(known[track]) for track in sorted(known)]
+            kept = change(self.read())
+            rows = [asdict(kept[track]) for track in sorted(kept)]
             durable.publish(self.path, json.dumps({"of": self.identity, "episodes": rows}, indent=0).encode())
 
 

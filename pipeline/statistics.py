@@ -239,6 +239,59 @@ def probability_of_improvement(b: Floats, a: Floats, samples: int, n_comparisons
     return Estimate(found.value, max(found.low, 0.0), min(found.high, 1.0))
 
 
+@dataclass(frozen=True)
+class Summary:
+    """How the trainings of one recipe drove; of a single policy, how that did.
+
+    Attributes:
+        n_seeds: Trainings.
+        n_tracks: Tracks that each policy drove.
+        mean: Over trainings and tracks, with its interval.
+        iqm: The same of the interquartile mean.
+        stratified: rliable's interval of the IQM, for figures beside those of papers; None for a single policy.
+        median: Of the trainings' means; of a single policy's returns.
+        std: Of the trainings' means (n - 1); of a single policy's returns (n, as ``evaluate``).
+        lowest: Lowest mean of a training; of a single policy the lowest return.
+        highest: Highest.
+        laps_finished: Share of the laps.
+    """
+
+    n_seeds: int
+    n_tracks: int
+    mean: Estimate
+    iqm: Estimate
+    stratified: tuple[float, float] | None
+    median: float
+    std: float
+    lowest: float
+    highest: float
+    laps_finished: float
+
+
+def summarize_seeds(returns: Floats, laps: Floats, samples: int) -> Summary:
+    """Figures over the trainings of one recipe.
+
+    Args:
+        returns: (n_seeds, n_tracks) raw returns.
+        laps: (n_seeds, n_tracks) whether the lap was finished, as 0 and 1.
+        samples: Resamples behind the intervals.
+    """
+    several = len(returns) > 1
+    values = returns.mean(axis=1) if several else returns[0]
+    return Summary(
+        n_seeds=returns.shape[0],
+        n_tracks=returns.shape[1],
+        mean=estimate(mean, samples, returns),
+        iqm=estimate(flat_iqm, samples, returns),
+        stratified=stratified_interval(flat_iqm, samples, returns) if several else None,
+        median=float(np.median(values)),
+        std=float(values.std(ddof=1 if several else 0)),
+        lowest=float(values.min()),
+        highest=float(values.max()),
+        laps_finished=float(laps.mean()),
+    )
+
+
 def trainings_test(b: Floats, a: Floats) -> float:
     """Two-sided p-value that two groups (n_seeds, n_tracks) are trainings of one and the same recipe.
 

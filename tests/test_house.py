@@ -34,6 +34,8 @@ MAY_IMPORT = {
     "media": {"sim", "config"},
     "statistics": set(),
     "evaluation": {"agent", "sim", "statistics", "config"},
+    "comparison": {"statistics"},
+    "score_cache": {"evaluation", "tracking", "agent", "sim", "config", "durable"},
     "policy_source": {"agent", "tracking", "sim", "config"},
     "racing": {"evaluation", "agent", "media", "sim", "config"},
     "live": {"agent", "media", "sim", "config"},

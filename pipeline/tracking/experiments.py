@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,22 @@ def _read_yaml(rev: str, path: str) -> dict[str, Any]:
 
 def code_of(rev: str) -> str:
     """Eight hex digits that name the code which ``train`` ran, by DVC's digests of what it depends on."""
-    stage = _read_yaml(rev, "dvc.lock").get("stages", {}).get("train", {})
-    return hashlib.sha256(json.dumps(stage.get("deps", [])).encode()).hexdigest()[:8]
+    deps = _locked(rev, "train").get("deps", [])
+    return hashlib.sha256(json.dumps(deps).encode()).hexdigest()[:8]
+
+
+def is_evaluated(rev: str) -> bool:
+    """Whether the scores in a commit are those of the policy trained for it; else an earlier one's lie there."""
+    left = _digest(_locked(rev, "train").get("outs", []))
+    return left is not None and left == _digest(_locked(rev, "evaluate").get("deps", []))
+
+
+def _locked(rev: str, stage: str) -> dict[str, Any]:
+    return dict(_read_yaml(rev, "dvc.lock").get("stages", {}).get(stage, {}))
+
+
+def _digest(files: Sequence[Mapping[str, Any]]) -> str | None:
+    return next((file.get("md5") for file in files if file.get("path") == POLICY), None)
 
 
 def fetch_policy(experiment: Experiment, folder: Path) -> Path:

@@ -140,6 +140,13 @@ class Run:
             path = Path(shutil.copyfile(path, copy))
         self.spool.artifact(path, folder)
 
+    def text(self, content: str, name: str) -> None:
+        """Upload a text as a file of this name."""
+        folder, _, file = name.rpartition("/")
+        path = self._files(folder) / file
+        path.write_text(content, encoding="utf-8")
+        self.spool.artifact(path, folder)
+
     def table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:
         """Log rows as a table that MLflow's UI shows and compares between runs; replaces the one of that name.
 
