@@ -186,16 +186,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse what can't be meant, before anything slow."""
-    if arguments.race and (arguments.experiments is not None or arguments.json or arguments.fresh):
-        fail("--race films; --experiments, --json and --fresh are of a comparison: expected one of the two")
-    if arguments.track and not arguments.race:
+    if arguments.race:
+        if arguments.experiments is not None or arguments.json or arguments.fresh:
+            fail("--race films; --experiments, --json and --fresh are of a comparison: expected one of the two")
+        return
+    if arguments.track:
         fail("--track says which race to film: expected --race. A comparison drives all of --tracks FIRST:STOP")
     if arguments.experiments is not None:
         if arguments.policies:
             fail("expected policies or --experiments, got both")
     elif len(arguments.policies) < 2:
         fail(f"expected two policies or more, or --experiments; got {len(arguments.policies)}")
-    elif not arguments.race and len(set(arguments.policies)) < len(arguments.policies):
+    elif len(set(arguments.policies)) < len(arguments.policies):
         fail("expected different policies, got one of them twice")
 
 

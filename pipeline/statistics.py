@@ -161,8 +161,9 @@ def estimate(statistic: Statistic, samples: int, *groups: Floats, n_comparisons:
 
     Few trainings resampled vary too little. What they add to a resample is widened by the two factors that make it
     Student's interval of the mean where tracks don't matter: (n - 1) / n in the variance, and t for the normal
-    quantile (Hesterberg 2015, "What teachers should know about the bootstrap", section 4). A group of one training
-    counts as varying like the others; if there are no others, the interval speaks of these policies and other tracks.
+    quantile (Hesterberg 2015, "What teachers should know about the bootstrap", section 4). Groups are taken to vary
+    alike, so that one of a single training can be compared; if all are, the interval speaks of these policies and other
+    tracks.
     """
     value = float(statistic(*(group[None] for group in groups))[0])
     tail = ALPHA / 2 / n_comparisons
