@@ -65,10 +65,11 @@ def sides_of(names: Sequence[str]) -> tuple[list[Side], tuple[int, ...], list[st
             notes.append(f"{each.experiment.name} is the training of {group[each.seed].experiment.name}: counted once")
         group.setdefault(each.seed, each)
     keys = differing([dict(key) for key in groups])
-    sides = [
-        to_side(name_of(dict(key), keys), [each.episodes for each in group.values()], [dict(key)] * len(group))
-        for key, group in groups.items()
-    ]
+    sides = []
+    for key, group in groups.items():
+        label = name_of(dict(key), keys)
+        notes.append(f"{label}: " + ", ".join(f"{each.experiment.name} (seed {seed})" for seed, each in group.items()))
+        sides.append(to_side(label, [each.episodes for each in group.values()], [dict(key)] * len(group)))
     return sides, tracks, notes
 
 

@@ -231,7 +231,11 @@ def test_experiments_are_grouped_by_all_but_the_seed(repository: Path) -> None: 
         add_experiment(repository, f"low-{seed}", 800.0 + 10 * seed, params_yaml(seed, "1e-4"))
         add_experiment(repository, f"high-{seed}", 900.0 + 10 * seed, params_yaml(seed, "0.001"))
     sides, tracks, notes = sides_of([])
-    assert (tracks, notes) == ((10_000, 10_001), [])
+    assert tracks == (10_000, 10_001)
+    assert sorted(notes) == [
+        "learning_rate=0.0001: low-0 (seed 0), low-1 (seed 1), low-2 (seed 2)",
+        "learning_rate=0.001: high-0 (seed 0), high-1 (seed 1), high-2 (seed 2)",
+    ]
     assert {side.label: side.returns.mean(axis=1).tolist() for side in sides} == {
         "learning_rate=0.0001": [800.5, 810.5, 820.5],
         "learning_rate=0.001": [900.5, 910.5, 920.5],
@@ -244,16 +248,16 @@ def test_experiments_are_grouped_by_all_but_the_seed(repository: Path) -> None: 
 
 
 def test_what_can_not_be_compared_is_left_out_and_said(repository: Path) -> None:  # noqa: F811
-    add_experiment(repository, "first", 800.0, params_yaml(0, "1e-4"))
-    add_experiment(repository, "first-from-cache", 800.0, params_yaml(0, "1e-4"))
-    add_experiment(repository, "not-evaluated", 1.0, params_yaml(1, "1e-4"), evaluated=False)
-    add_experiment(repository, "elsewhere", 700.0, params_yaml(2, "1e-4"), first=20_000)
-    add_experiment(repository, "other-code", 600.0, params_yaml(1, "1e-4"), code="beef")
+    add_experiment(repository, "a-first", 800.0, params_yaml(0, "1e-4"))
+    add_experiment(repository, "b-from-cache", 800.0, params_yaml(0, "1e-4"))
+    add_experiment(repository, "c-not-evaluated", 1.0, params_yaml(1, "1e-4"), evaluated=False)
+    add_experiment(repository, "d-elsewhere", 700.0, params_yaml(2, "1e-4"), first=20_000)
+    add_experiment(repository, "e-other-code", 600.0, params_yaml(1, "1e-4"), code="beef")
     sides, _, notes = sides_of([])
     assert sorted(side.returns.mean() for side in sides) == [600.5, 800.5]
     assert all(side.label.startswith("code=") for side in sides)
     assert any("is the training of" in note for note in notes)
-    assert any(note.endswith("than first: elsewhere") for note in notes)
+    assert any(note.endswith("than a-first: d-elsewhere") for note in notes)
     assert "1 experiments were not evaluated" in notes
 
 

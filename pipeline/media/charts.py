@@ -140,7 +140,8 @@ def paired_comparison(
         left.axhspan(low, high, color=color, alpha=0.15, linewidth=0)
         left.axhline(mean, color=color, linewidth=1.2, linestyle=(0, (5, 3)))
     left.set_xlim(0, 100)
-    _legend(left, loc="upper left")
+    if differences:
+        _legend(left, loc="upper left")
     _style(right, "Performance profile")
     right.set_xlabel("raw return")
     right.set_ylabel("share of drives above it [%]")
