@@ -175,7 +175,7 @@ def _own_noise(b: Side, a: Side) -> Noise:
     return Noise(deviation, freedom, "these trainings")
 
 
-def profile(side: Side, scores: Floats, samples: int = 1000) -> tuple[Floats, Floats, Floats, Floats]:
+def profile(side: Side, scores: Floats, samples: int = 400) -> tuple[Floats, Floats, Floats, Floats]:
     """A side's performance profile: the scores, the share of drives above each, the ends of the shares' intervals."""
 
     def above(score: float) -> statistics.Statistic:

@@ -15,6 +15,7 @@ from pipeline.config import ObservationParams
 
 if TYPE_CHECKING:
     from pipeline.tracking.experiments import Experiment
+    from pipeline.tracking.history import History, Trained
 
 HELP = (
     "policy file, models:/NAME@ALIAS or models:/NAME/NUMBER of the registry, a DVC experiment, a run in MLflow "
@@ -74,16 +75,14 @@ def members(reference: str) -> list[str]:
     Raises:
         TrackingError: It might be a run, and MLflow can't be reached or has none of that name.
     """
-    if is_file(reference) or reference.startswith(SCHEMES):
-        return [reference]
-    if "," in reference:
+    if "," in reference and not is_file(reference):
         return [name for name in reference.split(",") if name]
-    if _experiment(reference):
+    if is_file(reference) or reference.startswith(SCHEMES) or _experiment(reference):
         return [reference]
     from pipeline.tracking.history import History
 
     history = History()
-    below = history.children(history.short(reference).id)
+    below = history.children(_known(history, reference, reference).id)
     return [run.id for run in reversed(below) if "seed" in run.params] or [reference]
 
 
@@ -115,8 +114,18 @@ def _of_run(reference: str, folder: Path) -> Source:
 
     history = History()
     run_id, _, path = reference.removeprefix("runs:/").partition("/")
-    run = history.short(run_id)
+    run = _known(history, run_id, reference)
     return Source(reference, history.policy(run.id, path or POLICY, folder), run.params)
+
+
+def _known(history: History, run_id: str, reference: str) -> Trained:
+    """The run, or else what was expected of a word that names no run either."""
+    from pipeline.tracking.store import TrackingError
+
+    try:
+        return history.short(run_id)
+    except TrackingError:
+        raise TrackingError(f"{reference}: expected {HELP}; there is none of this name") from None
 
 
 def _beside(path: Path) -> Mapping[str, Any] | None:

@@ -127,7 +127,7 @@ def test_policies_of_runs_of_the_registry_and_of_run_folders(project: Path) -> N
         assert found.path.read_bytes() == policy.read_bytes()
         assert found.params == {"seed": "3"}
     assert find("models:/car@champion", project / "registered").params == {"seed": "3"}
-    with pytest.raises(TrackingError, match="nobody: expected the id or the name of a run"):
+    with pytest.raises(TrackingError, match=r"nobody: expected policy file, .* there is none of this name"):
         find("nobody", project / "nobody")
     empty = begun("empty", run_id_file=project / "empty.json")
     with pytest.raises(TrackingError, match=f"run {empty.id} has no models/best_model.safetensors"):
@@ -138,6 +138,7 @@ def test_a_word_names_one_policy_or_several(project: Path) -> None:
     odd = write_policy(project / "a,b.safetensors", 3)
     assert members(str(odd)) == [str(odd)]
     assert members("x.safetensors,models:/car@champion") == ["x.safetensors", "models:/car@champion"]
+    assert members("models:/car/1,models:/car/2") == ["models:/car/1", "models:/car/2"]
     parent = begun("parent", run_id_file=project / "x.json")
     tags = {"mlflow.parentRunId": parent.id}
     seeds = [begun(f"s{seed}", {"seed": seed}, tags, project / "x.json").id for seed in range(3)]

@@ -62,7 +62,7 @@ def chosen(names: Sequence[str]) -> list[Experiment]:
     known = experiments()
     found: dict[str, Experiment] = {}
     for name in names:
-        commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}").strip()
+        commit = git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").strip()
         these = [e for e in known if name == e.name or (commit and commit in (e.rev, e.baseline))]
         if not these:
             raise TrackingError(
