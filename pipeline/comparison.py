@@ -154,19 +154,20 @@ def contest(b: Side, a: Side, samples: int, n_comparisons: int = 1, noise: Noise
     excluded = not difference.low <= 0 <= difference.high
     decided = p_value <= allowed and (excluded or not several)
     verdict = "undecided" if not decided else "better" if difference.value > 0 else "worse"
-    words = _about_recipes if several else _about_policies
+    improvement = statistics.probability_of_improvement(*pair, samples, n_comparisons)
+    words = (_about_recipes if several else _about_policies)(b, a, difference, p_value, verdict, noise)
     return Contest(
         b=b.label,
         a=a.label,
         about="recipes" if several else "policies",
         verdict=verdict,
         difference=difference,
-        improvement=statistics.probability_of_improvement(*pair, samples, n_comparisons),
+        improvement=improvement,
         laps=statistics.lap_difference(b.laps, a.laps, samples, n_comparisons),
         p_value=p_value,
         higher_on=int(np.count_nonzero(b.returns.mean(axis=0) > a.returns.mean(axis=0))),
         within_seed_noise=None if noise is None else abs(difference.value) <= noise.margin(b.n, a.n),
-        words=tuple(words(b, a, difference, p_value, verdict, noise)),
+        words=(*words, *_on_most_tracks(b, a, improvement, verdict)),
     )
 
 
@@ -215,6 +216,14 @@ def _what_of_recipes(b: Side, a: Side, difference: Estimate, noise: Noise | None
     if abs(difference.value) <= margin:
         return f"{about} the difference is within seed noise, since {source}. Give several a side: {SEVERAL}."
     return f"It is more than seed noise, since {source}; several trainings a side would show it: {SEVERAL}."
+
+
+def _on_most_tracks(b: Side, a: Side, improvement: Estimate, verdict: str) -> list[str]:
+    """Said where the mean does not tell, and the typical track does."""
+    if verdict != "undecided" or improvement.low <= 0.5 <= improvement.high:
+        return []
+    ahead, behind, chance = (b, a, improvement.value) if improvement.value > 0.5 else (a, b, 1 - improvement.value)
+    return [f"{ahead.label} is ahead of {behind.label} on {chance:.0%} of the tracks; the mean hangs on a few others."]
 
 
 def _about_recipes(

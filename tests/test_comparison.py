@@ -74,6 +74,14 @@ def test_a_difference_too_small_for_the_tracks_is_undecided() -> None:
     assert (same.verdict, same.p_value) == ("undecided", 1)
 
 
+def test_ahead_on_most_tracks_but_lost_on_some_is_said() -> None:
+    a = side("A", 900 + TRACKS[None])
+    b = side("B", a.returns + np.where(np.arange(100) < 10, -70.0, 8.0))
+    found = contest(b, a, 2000)
+    assert found.verdict == "undecided"
+    assert found.words[-1] == "B is ahead of A on 90% of the tracks; the mean hangs on a few others."
+
+
 def test_a_mixed_group_is_named_and_so_is_a_single_training() -> None:
     mixed = side("mixed", world(2, np.random.default_rng(1), TRACKS), RECIPE, RECIPE | {"n_epochs": "6"})
     words = contest(mixed, trained("A", 1, 2), 500).words
