@@ -109,8 +109,8 @@ def draw(sides: Sequence[Side], comparison: Comparison, path: Path) -> Path:
     from pipeline.media import charts
 
     first, *others = sides
-    lowest, highest = min(s.returns.min() for s in sides), max(s.returns.max() for s in sides)
-    scores = np.linspace(lowest - 1, highest + 1, 80)
+    returns = np.concatenate([side.returns.ravel() for side in sides])
+    scores = np.unique(np.quantile(returns, np.linspace(0, 1, 80)))  # close where most drives are
     pairs = {f"{c.b} − {c.a}": c.difference for c in comparison.contests}
     by_track = [side.returns.mean(axis=0) - first.returns.mean(axis=0) for side in others]
     charts.paired_comparison(

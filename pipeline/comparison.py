@@ -167,7 +167,7 @@ def contest(b: Side, a: Side, samples: int, n_comparisons: int = 1, noise: Noise
         p_value=p_value,
         higher_on=int(np.count_nonzero(b.returns.mean(axis=0) > a.returns.mean(axis=0))),
         within_seed_noise=None if noise is None else abs(difference.value) <= noise.margin(b.n, a.n),
-        words=(*words, *_on_most_tracks(b, a, improvement, verdict)),
+        words=(*words, *([] if several or verdict != "undecided" else _on_most_tracks(b, a, improvement))),
     )
 
 
@@ -218,9 +218,9 @@ def _what_of_recipes(b: Side, a: Side, difference: Estimate, noise: Noise | None
     return f"It is more than seed noise, since {source}; several trainings a side would show it: {SEVERAL}."
 
 
-def _on_most_tracks(b: Side, a: Side, improvement: Estimate, verdict: str) -> list[str]:
-    """Said where the mean does not tell, and the typical track does."""
-    if verdict != "undecided" or improvement.low <= 0.5 <= improvement.high:
+def _on_most_tracks(b: Side, a: Side, improvement: Estimate) -> list[str]:
+    """Said of policies where the mean does not tell, and the typical track does."""
+    if improvement.low <= 0.5 <= improvement.high:
         return []
     ahead, behind, chance = (b, a, improvement.value) if improvement.value > 0.5 else (a, b, 1 - improvement.value)
     return [f"{ahead.label} is ahead of {behind.label} on {chance:.0%} of the tracks; the mean hangs on a few others."]

@@ -35,6 +35,7 @@ def test_two_policies_of_one_recipe_differ_and_the_recipe_does_not() -> None:
     assert (groups.about, groups.verdict, groups.within_seed_noise) == ("recipes", "undecided", True)
     assert "No difference between the recipes of B and A is shown" in groups.words[0]
     assert "within seed noise" in groups.words[1]
+    assert len(groups.words) == 3, "and that both are of one recipe"
 
 
 def test_a_better_recipe_is_found() -> None:
