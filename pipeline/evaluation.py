@@ -21,12 +21,12 @@ import numpy as np
 import torch as th
 from gymnasium.envs.box2d.car_racing import FPS
 from numpy.typing import NDArray
-from scipy import stats
 
 from pipeline.agent.policy import Policy, load
 from pipeline.config import ObservationParams, cores
 from pipeline.sim.env import make_env
 from pipeline.sim.worker import live_with_parent
+from pipeline.statistics import interval, iqm
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,8 @@ def stills(policy: Policy, track: int, seconds: float = 1.0) -> list[NDArray[np.
 def summarize(episodes: Sequence[Episode], bootstrap_samples: int = 10_000) -> dict[str, float]:
     """The figures of a set of episodes.
 
-    IQM is the mean of the middle half (Agarwal et al. 2021, "Deep reinforcement learning at the edge of the statistical
-    precipice"). Mean and IQM come with a 95% percentile bootstrap interval over tracks. ``std`` is the population's.
+    IQM is the mean of the middle half. Mean and IQM come with a 95% percentile bootstrap interval over tracks. ``std``
+    is the population's.
     """
     returns = np.array([e.episode_return for e in episodes])
     mean_low, mean_high = interval(returns, bootstrap_samples, np.mean)
@@ -198,23 +198,6 @@ def summarize(episodes: Sequence[Episode], bootstrap_samples: int = 10_000) -> d
     return {"n_tracks": len(episodes), **{key: round(float(value), 4) for key, value in figures.items()}}
 
 
-def iqm(returns: NDArray[np.float64], axis: int = -1) -> Any:
-    """Interquartile mean along an axis."""
-    return stats.trim_mean(returns, 0.25, axis=axis)
-
-
-def interval(returns: NDArray[np.float64], samples: int, statistic: Callable[..., Any]) -> tuple[float, float]:
-    """95% percentile bootstrap interval of a statistic over tracks; repeatable, since its random numbers are seeded.
-
-    ``statistic(draws, axis=1)`` is called with (samples, n_tracks) returns.
-    """
-    if len(returns) < 2:
-        return float(returns[0]), float(returns[0])
-    draws = np.random.default_rng(0).choice(returns, (samples, len(returns)))
-    low, high = np.percentile(statistic(draws, axis=1), [2.5, 97.5])
-    return float(low), float(high)
-
-
 def write_table(path: Path, episodes: Iterable[Episode]) -> None:
     """The per-track table as CSV, one row an episode; ``rank`` 1 is the lowest return."""
     episodes = list(episodes)
@@ -229,15 +212,19 @@ def write_table(path: Path, episodes: Iterable[Episode]) -> None:
 
 def read_table(path: Path) -> list[Episode]:
     """Read what :func:`write_table` wrote."""
-    with path.open(newline="") as file:
-        return [
-            Episode(
-                track=int(row["track"]),
-                episode_return=float(row["episode_return"]),
-                frames=int(row["frames"]),
-                lap_finished=row["lap_finished"] == "True",
-                tiles=int(row["tiles"]),
-                n_tiles=int(row["n_tiles"]),
-            )
-            for row in csv.DictReader(file)
-        ]
+    return parse_table(path.read_text())
+
+
+def parse_table(text: str) -> list[Episode]:
+    """The episodes of a table that :func:`write_table` wrote."""
+    return [
+        Episode(
+            track=int(row["track"]),
+            episode_return=float(row["episode_return"]),
+            frames=int(row["frames"]),
+            lap_finished=row["lap_finished"] == "True",
+            tiles=int(row["tiles"]),
+            n_tiles=int(row["n_tiles"]),
+        )
+        for row in csv.DictReader(text.splitlines())
+    ]

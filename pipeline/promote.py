@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -27,61 +26,6 @@ if TYPE_CHECKING:
     from pipeline.tracking.registry import Registry, Version
 
 POLICY = Path("models/best_model.safetensors")
-TEST = "one-sided paired sign-flip permutation test of the mean"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Challenger against champion, paired by track.
-
-    Attributes:
-        mean: Mean difference of the returns; positive is better than the champion.
-        low: Lower end of its 95% bootstrap interval over tracks.
-        high: Upper end.
-        p_value: Chance of a mean difference this large if both drove equally well.
-        wins: Tracks on which the challenger's return is higher.
-        n_tracks: Tracks driven by both.
-    """
-
-    mean: float
-    low: float
-    high: float
-    p_value: float
-    wins: int
-    n_tracks: int
-
-    def __str__(self) -> str:
-        return (
-            f"mean difference {self.mean:+.2f}, 95% bootstrap interval {self.low:+.2f} to {self.high:+.2f}, "
-            f"higher on {self.wins} of {self.n_tracks} tracks; {TEST}: p = {self.p_value:.4f}"
-        )
-
-
-def compare(challenger: NDArray[np.float64], champion: NDArray[np.float64], samples: int) -> Comparison:
-    """Test whether the challenger's mean return is higher, given (n_tracks,) returns of both on the same tracks.
-
-    If both drove equally well, a track's two returns could as well be swapped: its difference could have either sign.
-    The p-value is the share of random signs that give a mean at least as high, the observed one included (Phipson and
-    Smyth 2010, "Permutation p-values should never be zero"). Wilcoxon's signed ranks would ask about the typical track
-    instead: a challenger a little faster on 90 tracks that crashes on 10 would win it, with a lower mean.
-    """
-    import numpy as np
-
-    differences = challenger - champion
-    random = np.random.default_rng(0)
-    flipped = random.choice([-1.0, 1.0], (samples, len(differences))) @ differences / len(differences)
-    # Equal up to rounding counts as equal: sums of the same numbers differ in the last bits.
-    p_value = (1 + np.count_nonzero(flipped >= differences.mean() - 1e-9)) / (1 + samples)
-    resampled = random.choice(differences, (samples, len(differences))).mean(axis=1)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Comparison(
-        float(differences.mean()),
-        float(low),
-        float(high),
-        float(p_value),
-        int(np.count_nonzero(differences > 0)),
-        len(differences),
-    )
 
 
 def drive_tracks(policies: Sequence[Path], tracks: Sequence[int]) -> list[list[Episode]]:
@@ -162,6 +106,7 @@ def decide(
     episodes: Sequence[Sequence[Episode]],
 ) -> str:
     """Move the aliases; ``episodes`` are the challenger's, then the champion's. Returns why, in words."""
+    from pipeline.statistics import paired_test
     from pipeline.tracking.registry import CHALLENGER, CHAMPION
 
     registry.point(CHALLENGER, challenger)
@@ -169,7 +114,7 @@ def decide(
     if champion is None:
         registry.point(CHAMPION, challenger)
         return f"There was no champion: version {challenger.number} ({means[0]}) becomes the first."
-    result = compare(returns(episodes[0]), returns(episodes[1]), params.bootstrap_samples)
+    result = paired_test(returns(episodes[0]), returns(episodes[1]), params.bootstrap_samples)
     better = result.p_value <= params.promote_alpha
     if better:
         registry.point(CHAMPION, challenger)

@@ -9,37 +9,17 @@ have, gets a restored run with the parameters and metrics that git holds. Prints
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError, Parser, TrainParams, fail, load, project_root
+from pipeline.tracking.experiments import Experiment, experiments, read_json, read_params
 
 log = logging.getLogger("pipeline.sync")
 
-EXPERIMENT_REF = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(?P<name>[^/]+)")
-"""DVC's ``refs/exps/<baseline>/<name>``; its queue and its running experiments have refs of other forms."""
 SCORES = {"train": "metrics/train.json", "evaluate": "metrics/evaluate.json"}
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A DVC experiment and what git holds of it.
-
-    Attributes:
-        name: As in ``dvc exp show``.
-        rev: Its git commit.
-        run_id: The MLflow run that its stages wrote to.
-    """
-
-    name: str
-    rev: str
-    run_id: str
 
 
 def send_spools(client: Any, *folders: Path) -> None:
@@ -56,32 +36,6 @@ def send_spools(client: Any, *folders: Path) -> None:
             discard_sent(spool)
         except Exception as error:  # a deleted run, an unknown one, a server that went away again
             log.warning("%s can't be sent and stays: %s", spool, first_line(error))
-
-
-def experiments() -> list[Experiment]:
-    """All DVC experiments of this repository whose ``train`` stage wrote a run id, oldest first."""
-    found = []
-    refs = git("for-each-ref", "--sort=creatordate", "--format=%(refname) %(objectname)", "refs/exps")
-    for ref, rev in map(str.split, refs.splitlines()):
-        match, run_id = EXPERIMENT_REF.fullmatch(ref), read_json(rev, "metrics/mlflow.json").get("run_id")
-        if match and run_id:
-            found.append(Experiment(match["name"], rev, run_id))
-    return found
-
-
-def git(*arguments: str) -> str:
-    """Output of a git command in the project; empty when it fails."""
-    try:
-        result = subprocess.run(["git", *arguments], cwd=project_root(), capture_output=True, text=True, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return result.stdout
-
-
-def read_json(rev: str, path: str) -> dict[str, Any]:
-    """A JSON file of a commit; empty if it isn't there."""
-    text = git("show", f"{rev}:./{path}")
-    return dict(json.loads(text)) if text else {}
 
 
 def tie(client: Any, found: Sequence[Experiment]) -> list[tuple[str, ...]]:
@@ -112,15 +66,13 @@ def evaluated_mean(experiment: Experiment) -> str:
 
 def fill_if_restored(client: Any, run_id: str, rev: str) -> None:
     """Give a restored run the parameters and final metrics of a commit that it doesn't have yet."""
-    from ruamel.yaml import YAML
-
     from pipeline.tracking.stored import RESTORED_FROM, log_metrics, log_params
 
     data = client.get_run(run_id).data
     if RESTORED_FROM not in data.tags:
         return
-    params = YAML(typ="safe", pure=True).load(git("show", f"{rev}:./params.yaml")) or {}
-    log_params(client, run_id, {key: value for key, value in params.items() if key not in data.params})
+    params = {key: value for key, value in read_params(rev).items() if key not in data.params}
+    log_params(client, run_id, params)
     for stage, path in SCORES.items():
         figures = {f"{stage}/{key}": value for key, value in read_json(rev, path).items()}
         log_metrics(client, run_id, {key: value for key, value in figures.items() if key not in data.metrics})

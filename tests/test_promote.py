@@ -24,8 +24,9 @@ from pipeline import promote as command
 from pipeline.agent.policy import load
 from pipeline.config import PromoteParams
 from pipeline.evaluation import Episode
-from pipeline.promote import compare, promote
+from pipeline.promote import promote
 from pipeline.sim.env import to_pedals
+from pipeline.statistics import paired_test
 from pipeline.tracking.registry import Registry, sha256
 from pipeline.tracking.run import Run
 from pipeline.tracking.store import TrackingError, connect
@@ -172,7 +173,7 @@ def test_the_p_value_is_that_of_scipys_permutation_test():
             vectorized=True,
             random_state=0,
         )
-        result = compare(challenger, champion, 20_000)
+        result = paired_test(challenger, champion, 20_000)
         assert result.mean == pytest.approx(expected.statistic)
         assert result.p_value == pytest.approx(expected.pvalue, abs=0.015)  # 3 standard errors of two estimates
 
@@ -182,7 +183,7 @@ def test_the_interval_is_that_of_scipys_bootstrap():
     expected = stats.bootstrap(
         (challenger - champion,), np.mean, method="percentile", n_resamples=20_000, random_state=0
     ).confidence_interval
-    result = compare(challenger, champion, 20_000)
+    result = paired_test(challenger, champion, 20_000)
     assert (result.low, result.high) == pytest.approx((expected.low, expected.high), abs=0.15)
 
 
@@ -190,16 +191,16 @@ def test_a_little_faster_but_sometimes_off_the_road_is_not_better():
     champion = returns(900)
     challenger = champion + np.where(np.arange(100) < 10, -300.0, 5.0)
     assert stats.wilcoxon(challenger, champion, alternative="greater").pvalue < 0.001
-    assert compare(challenger, champion, 10_000).p_value > 0.9
+    assert paired_test(challenger, champion, 10_000).p_value > 0.9
 
 
 def test_equal_drives_are_not_better():
-    result = compare(returns(900), returns(900), 1000)
+    result = paired_test(returns(900), returns(900), 1000)
     assert (result.p_value, result.mean, result.wins) == (1.0, 0.0, 0)
 
 
 def test_one_track_can_not_tell():
-    assert 0.4 < compare(np.array([950.0]), np.array([900.0]), 10_000).p_value < 0.6
+    assert 0.4 < paired_test(np.array([950.0]), np.array([900.0]), 10_000).p_value < 0.6
 
 
 ROOT = Path(__file__).parent.parent

@@ -140,7 +140,7 @@ def test_policies_of_files_and_of_the_registry(project: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["a.safetensors", "b.safetensors"], "expected --race"),
+        (["a.safetensors", "b.safetensors", "--race", "--fresh"], "expected one of the two"),
         (["a.safetensors", "--race"], "expected 2 to 6 policies, got 1"),
         (["a.safetensors", "a.safetensors", "--race"], "one of them twice"),
         (["a.safetensors", "b.safetensors", "--race"], "a.safetensors: no such file"),

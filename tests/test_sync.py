@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.sync import Experiment, experiments, send_spools, sync, tie
+from pipeline.sync import send_spools, sync, tie
+from pipeline.tracking.experiments import Experiment, experiments
 from pipeline.tracking.run import Run
 from pipeline.tracking.spool import Spool
 from pipeline.tracking.store import TrackingError, connect
@@ -72,7 +73,8 @@ def test_experiments_are_those_of_git_that_trained(repository: Path):
     git(repository, "update-ref", "refs/exps/exec/EXEC_HEAD", rev)
     git(repository, "update-ref", "refs/exps/stash", rev)
     git(repository, "update-ref", "refs/exps/celery/stash", rev)
-    assert experiments() == [Experiment("blunt-axle", rev, UNKNOWN)]
+    baseline = git(repository, "rev-parse", "HEAD")
+    assert experiments() == [Experiment("blunt-axle", rev, UNKNOWN, baseline)]
 
 
 def test_a_known_run_is_named_after_its_experiment_and_otherwise_left_alone(repository: Path):

@@ -15,6 +15,7 @@ from pipeline.config.params import (
     PromoteParams,
     RecordParams,
     TrainParams,
+    recipe,
     track_bounds,
     track_list,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "parse_args",
     "project_root",
+    "recipe",
     "track_bounds",
     "track_list",
     "track_seed",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -17,6 +19,8 @@ LEARNING_CODE = ("agent/*.py", "config/*.py", "sim/*.py", "evaluation.py", "sess
 """Code that decides which policy comes out."""
 WITHOUT_EFFECT = {"n_workers"}
 """Keys that change no bit of the result."""
+NOT_OF_THE_RECIPE = {*WITHOUT_EFFECT, "seed", "run_name", "log_root"}
+"""Keys in which two trainings of the same recipe may differ."""
 
 
 def _whole(value: object) -> object:
@@ -206,6 +210,26 @@ class PromoteParams(TestTrackParams):
 
 
 STAGES: tuple[type[Params], ...] = (TrainParams, EvaluateParams, RecordParams, PromoteParams)
+
+
+def recipe(values: Mapping[str, Any]) -> dict[str, str]:
+    """What a policy was trained with but for the seed: two trainings are of one recipe if these are equal.
+
+    Args:
+        values: Parameters as in ``params.yaml`` or, as texts, in MLflow; those of other stages are left out.
+    """
+    others = {key for stage in STAGES for key in stage.model_fields} - TrainParams.model_fields.keys()
+    return {key: _plain(value) for key, value in sorted(values.items()) if key not in others | NOT_OF_THE_RECIPE}
+
+
+def _plain(value: Any) -> str:
+    """The same text for ``10``, ``10.0`` and ``"10.0"``."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return str(value)
+    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def all_fields() -> dict[str, FieldInfo]:

@@ -107,6 +107,55 @@ def sorted_returns(returns: Mapping[str, Sequence[float]], path: str | Path | No
     return _finish(figure, path)
 
 
+def paired_comparison(
+    differences: Mapping[str, ArrayLike],
+    means: Mapping[str, tuple[float, float, float]],
+    profiles: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]],
+    path: str | Path | None = None,
+) -> Figure:
+    """What ``compare`` found: differences by track, each sorted, and performance profiles.
+
+    A performance profile is the share of drives that return more than a score, over all scores (Agarwal et al. 2021):
+    of two drivers, the one whose curve is higher everywhere is the better one.
+
+    Args:
+        differences: Returns less the first side's on the same tracks, by the name of the pair.
+        means: Their mean with the ends of its interval, by the same names.
+        profiles: Scores, shares above them, and the ends of the shares' intervals, by the side's name; the first first.
+        path: PNG to write.
+    """
+    figure = Figure(figsize=(11.0, 4.5), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _style(left, "Difference on each track, sorted")
+    left.set_xlabel("share of the tracks [%]")
+    left.set_ylabel("difference of the raw returns")
+    left.axhline(0, color=FAINT, linewidth=1.2)
+    colors = {name: RUNS[place % len(RUNS)] for place, name in enumerate(profiles)}
+    for color, (name, values) in zip(list(colors.values())[1:], differences.items(), strict=False):
+        ordered = np.sort(np.asarray(values, float))
+        share = 100 * (np.arange(len(ordered)) + 0.5) / max(len(ordered), 1)
+        mean, low, high = means[name]
+        label = f"{name}: {mean:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−")
+        left.plot(share, ordered, color=color, marker="o", markersize=3, linewidth=1, label=label)
+        left.axhspan(low, high, color=color, alpha=0.15, linewidth=0)
+        left.axhline(mean, color=color, linewidth=1.2, linestyle=(0, (5, 3)))
+    left.set_xlim(0, 100)
+    if differences:
+        _legend(left, loc="upper left")
+    _style(right, "Performance profile")
+    right.set_xlabel("raw return")
+    right.set_ylabel("share of drives above it [%]")
+    for place, (name, curve) in enumerate(profiles.items()):
+        scores, share, lower, upper = (np.asarray(values, float) for values in curve)
+        right.plot(
+            scores, 100 * share, color=colors[name], linewidth=2, label=name, linestyle="-:"[place // len(RUNS) % 2]
+        )
+        _band(right, scores, 100 * lower, 100 * upper, colors[name])
+    right.set_ylim(0, 102)
+    _legend(right, loc="lower left")
+    return _finish(figure, path)
+
+
 def returns_by_track(
     returns: Mapping[int, float], finished: Mapping[int, bool], path: str | Path | None = None
 ) -> Figure:

@@ -24,6 +24,8 @@ CURVES = {
 }
 """Column of a learning curve -> metric."""
 TABLE = "evaluate/tracks.json"
+POLICY = "models/best_model.safetensors"
+PARENT = "mlflow.parentRunId"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,27 @@ class PastRun:
     tracks: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A run in short.
+
+    Attributes:
+        id: MLflow's.
+        name: As it was given; not unique.
+        params: As texts, lists as JSON.
+        metrics: The latest value of each.
+    """
+
+    id: str
+    name: str
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+def _short(entity: Entity) -> Trained:
+    return Trained(entity.info.run_id, entity.info.run_name, entity.data.params, entity.data.metrics)
+
+
 class History:
     """Reads runs.
 
@@ -69,9 +92,7 @@ class History:
         Raises:
             TrackingError: There is none.
         """
-        entity = self._by_id(reference) or self._newest(reference)
-        if entity is None:
-            raise TrackingError(f"{reference}: expected the id or the name of a run; MLflow has none; see `make ui`")
+        entity = self._find(reference)
         info, data = entity.info, entity.data
         return PastRun(
             id=info.run_id,
@@ -84,6 +105,40 @@ class History:
             curve=self._curve(info.run_id, info.start_time),
             tracks=self._table(info.run_id),
         )
+
+    def short(self, reference: str) -> Trained:
+        """As :meth:`run`, without curve and tracks, which take longer to read."""
+        return _short(self._find(reference))
+
+    def policy(self, run_id: str, path: str, folder: Path) -> Path:
+        """A policy file among a run's artifacts, in ``folder``.
+
+        Raises:
+            TrackingError: The run has none there.
+        """
+        if path not in self.artifacts(run_id, path.rpartition("/")[0]):
+            raise TrackingError(
+                f"run {run_id} has no {path}: expected a run that was trained to its end; see `make ui`"
+            )
+        return self.download(run_id, path, folder)
+
+    def children(self, run_id: str) -> list[Trained]:
+        """The runs below a parent run, such as a sweep's."""
+        return self._search(f"tags.`{PARENT}` = '{run_id}'")
+
+    def evaluated(self) -> list[Trained]:
+        """All runs that have a score on the held-out tracks."""
+        return self._search("metrics.`evaluate/mean` > -1000")
+
+    def _search(self, condition: str) -> list[Trained]:
+        found = self.client.search_runs([experiment_id(self.client)], condition, max_results=1000)
+        return [_short(entity) for entity in found]
+
+    def _find(self, reference: str) -> Entity:
+        entity = self._by_id(reference) or self._newest(reference)
+        if entity is None:
+            raise TrackingError(f"{reference}: expected the id or the name of a run; MLflow has none; see `make ui`")
+        return entity
 
     def _by_id(self, reference: str) -> Entity | None:
         try:

@@ -12,7 +12,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -50,10 +50,12 @@ class Version:
     Attributes:
         number: Counts up from 1.
         sha256: Of the policy file, in hex.
+        run_id: The run that trained it, if this store has it.
     """
 
     number: int
     sha256: str
+    run_id: str = field(default="", compare=False)
 
 
 def sha256(path: Path) -> str:
@@ -96,7 +98,7 @@ class Registry:
     def version(self, number: int) -> Version:
         """A version by its number; raises what MLflow raises if there is none."""
         entity = self.client.get_model_version(self.name, str(number))
-        return Version(number, entity.tags.get("sha256", ""))
+        return Version(number, entity.tags.get("sha256", ""), entity.run_id or "")
 
     def register(
         self, policy: Path, observation: tuple[int, ...], run_id: str | None, tags: Mapping[str, str]
@@ -149,6 +151,16 @@ def fetch(uri: str, folder: Path) -> Path:
     Raises:
         TrackingError: The URI is spelled otherwise, there is no such version, or its file is gone.
     """
+    registry, version = resolve(uri)
+    return registry.download(version, folder)
+
+
+def resolve(uri: str) -> tuple[Registry, Version]:
+    """The version behind ``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER``.
+
+    Raises:
+        TrackingError: The URI is spelled otherwise, or there is no such version.
+    """
     spelled = re.fullmatch(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<number>\d+))", uri)
     if not spelled:
         raise TrackingError(f"{uri}: expected models:/NAME@ALIAS or models:/NAME/NUMBER")
@@ -163,7 +175,7 @@ def fetch(uri: str, folder: Path) -> Path:
         raise TrackingError(
             f"{uri}: no such version in the registry; `make promote` registers one, `make ui` lists them"
         )
-    return registry.download(version, folder)
+    return registry, version
 
 
 def _log_model(name: str, policy: Path, observation: tuple[int, ...], run_id: str | None) -> ModelInfo:

@@ -66,7 +66,7 @@ class Run:
         tags: Mapping[str, str],
         folder: Path | None = None,
         resumed: str | None = None,
-        run_id_file: Path = RUN_ID_FILE,
+        run_id_file: Path | None = RUN_ID_FILE,
     ) -> Run:
         """Begin a run with parameters and provenance, or go on with an interrupted one; needs no server.
 
@@ -76,7 +76,7 @@ class Run:
             tags: Beside provenance.
             folder: For the spool; what is uploaded from it is not copied.
             resumed: ``spool.run_id`` of the run to go on with, if its spool is in ``folder``.
-            run_id_file: Where the id is left for the next stages.
+            run_id_file: Where the id is left for the next stages; None leaves it nowhere.
 
         Raises:
             TrackingError: ``MLFLOW_TRACKING_URI`` names no store of MLflow's.
@@ -92,7 +92,8 @@ class Run:
             run.tags(all_tags)
         else:
             run.spool.put({"begin": {"name": name, "params": dict(params), "tags": all_tags, "began": spool.now()}})
-        _write_run_id(run_id_file, run.id)
+        if run_id_file:
+            _write_run_id(run_id_file, run.id)
         return run
 
     @classmethod
@@ -137,6 +138,13 @@ class Run:
         if not path.resolve().is_relative_to(self.spool.path.parent.resolve()):
             copy = self._files(folder) / path.name
             path = Path(shutil.copyfile(path, copy))
+        self.spool.artifact(path, folder)
+
+    def text(self, content: str, name: str) -> None:
+        """Upload a text as a file of this name."""
+        folder, _, file = name.rpartition("/")
+        path = self._files(folder) / file
+        path.write_text(content, encoding="utf-8")
         self.spool.artifact(path, folder)
 
     def table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:

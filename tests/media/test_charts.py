@@ -31,6 +31,13 @@ SPEEDS = np.linspace(20, 80, 150)
 ACTIONS = np.random.default_rng(0).uniform(0, 1, 400)
 SIZES = [1, 2, 4, 8, 16]
 
+PAIRS = {"B − A": [30.0, -10.0, 5.0]}
+MEANS = {"B − A": (8.3, -10.0, 30.0)}
+PROFILES = {
+    "A": ([800.0, 900.0], [1.0, 0.5], [1.0, 0.25], [1.0, 0.75]),
+    "B": ([800.0, 900.0], [1.0, 0.75], [1.0, 0.5], [1.0, 1.0]),
+}
+
 CHARTS: dict[str, Callable[..., Figure]] = {
     "learning_curve": lambda **to: charts.learning_curve(HISTORY, **to),
     "returns_by_track": lambda **to: charts.returns_by_track(TRACKS, FINISHED, **to),
@@ -41,6 +48,7 @@ CHARTS: dict[str, Callable[..., Figure]] = {
     "heat_map": lambda **to: charts.heat_map(
         [[5, 20, 80]] * 5, SIZES, SIZES[:3], title="Speed", x="threads", y="envs", **to
     ),
+    "paired_comparison": lambda **to: charts.paired_comparison(PAIRS, MEANS, PROFILES, **to),
     "action_histograms": lambda **to: charts.action_histograms(ACTIONS * 2 - 1, ACTIONS, ACTIONS, **to),
 }
 
@@ -203,3 +211,14 @@ def test_heat_map_writes_each_value_in_its_cell_and_frames_the_largest() -> None
     assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2", "4"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "8"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("threads", "envs")
+
+
+def test_a_paired_comparison_shows_sorted_differences_and_profiles() -> None:
+    figure = charts.paired_comparison(PAIRS, MEANS, PROFILES)
+    differences = line(figure, "B − A: +8.3 (−10.0 to +30.0)")
+    assert list(differences.get_ydata()) == [-10, 5, 30]
+    assert list(differences.get_xdata()) == pytest.approx([100 / 6, 50, 500 / 6])
+    curves = {str(found.get_label()): found for found in figure.axes[1].lines}
+    assert list(curves["A"].get_ydata()) == [100, 50]
+    assert list(curves["B"].get_ydata()) == [100, 75]
+    assert curves["B"].get_color() == differences.get_color() != curves["A"].get_color()
