@@ -115,7 +115,8 @@ def test_postgres_killed(
 def train_through_kills(folder: Path, services: tuple[Service, ...], uri: str) -> float:
     """Kill one service after another at any moment; returns the longest time that telling has taken [s].
 
-    Rollouts are let through in as many parts as there are kills, so that each kill finds the training at work.
+    Rollouts are let through in as many parts as there are kills, so that each kill finds the training at work. The
+    last one of a part is saved when the next part begins.
     """
     stall, gate = folder / "stall.txt", folder / "gate"
     gate.touch()
@@ -132,7 +133,7 @@ def train_through_kills(folder: Path, services: tuple[Service, ...], uri: str) -
         time.sleep(rng.uniform(0.0, 1.0))
         service = services[kill % len(services)]
         service.kill()
-        victim.wait_for(policies, count=part * (kill + 1))  # and tells the rest of it while nobody listens,
+        victim.wait_for(policies, count=part * (kill + 1) - 1)  # and tells more of it while nobody listens,
         time.sleep(rng.uniform(5.0, 9.0))  # which its sender has noticed by then
         service.start()
     let_through(gate, ROLLOUTS)
