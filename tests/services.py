@@ -19,7 +19,7 @@ import boto3
 import psutil
 import psycopg2
 
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds for a server to answer, on a busy machine."""
 
 

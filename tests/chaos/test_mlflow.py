@@ -115,7 +115,8 @@ def test_postgres_killed(
 def train_through_kills(folder: Path, services: tuple[Service, ...], uri: str) -> float:
     """Kill one service after another at any moment; returns the longest time that telling has taken [s].
 
-    Rollouts are let through in as many parts as there are kills, so that each kill finds the training at work.
+    Rollouts are let through in as many parts as there are kills, so that each kill finds the training at work. The
+    last one of a part is saved when the next part begins.
     """
     stall, gate = folder / "stall.txt", folder / "gate"
     gate.touch()
@@ -125,19 +126,25 @@ def train_through_kills(folder: Path, services: tuple[Service, ...], uri: str) -
         failpoints.time_the_spool(stall)
 
     victim = Victim(folder, prepare, MLFLOW_TRACKING_URI=uri)
-    policies, part = "runs/*/checkpoints/policy_*.safetensors", ROLLOUTS // KILLS_IN_A_TRAINING
-    for kill in range(KILLS_IN_A_TRAINING):
-        let_through(gate, part)
-        victim.wait_for(policies, count=part * kill + 1)  # the training has begun to tell of this part,
-        time.sleep(rng.uniform(0.0, 1.0))
-        service = services[kill % len(services)]
-        service.kill()
-        victim.wait_for(policies, count=part * (kill + 1))  # and tells the rest of it while nobody listens,
-        time.sleep(rng.uniform(5.0, 9.0))  # which its sender has noticed by then
-        service.start()
-    let_through(gate, ROLLOUTS)
-    victim.finish()
+    try:
+        for kill in range(KILLS_IN_A_TRAINING):
+            kill_amid_part(kill, victim, gate, services[kill % len(services)])
+        let_through(gate, ROLLOUTS)
+        victim.finish()
+    finally:
+        victim.kill()  # where something failed before its end
     return float(stall.read_text())
+
+
+def kill_amid_part(number: int, victim: Victim, gate: Path, service: Service) -> None:
+    policies, part = "runs/*/checkpoints/policy_*.safetensors", ROLLOUTS // KILLS_IN_A_TRAINING
+    let_through(gate, part)
+    victim.wait_for(policies, count=part * number + 1)  # the training has begun to tell of this part,
+    time.sleep(rng.uniform(0.0, 1.0))
+    service.kill()
+    victim.wait_for(policies, count=part * (number + 1) - 1)  # and tells more of it while nobody listens,
+    time.sleep(rng.uniform(5.0, 9.0))  # which its sender has noticed by then
+    service.start()
 
 
 def let_through(gate: Path, rollouts: int) -> None:
