@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -183,17 +184,11 @@ def test_seed_noise_is_that_of_the_runs_of_the_same_recipe(project: Path) -> Non
     for seed, mean in ((0, 900.0), (1, 910.0), (2, 890.0)):
         finished(seed, mean)
     finished(3, 100.0, learning_rate=1e-2)
-    side = Side("A", *[load_array()] * 2, (recipe({"seed": 5, "learning_rate": 1e-4}),))
+    side = Side("A", np.zeros((1, 2)), np.zeros((1, 2)), (recipe({"seed": 5, "learning_rate": 1e-4}),))
     (noise,) = known_noise([side]).values()
     assert (noise.deviation, noise.freedom) == (pytest.approx(10.0), 2)
     assert "3 seeds of the recipe of A" in noise.known_from
     assert known_noise([Side("A", side.returns, side.laps, (None,))]) == {}
-
-
-def load_array():  # type: ignore[no-untyped-def]
-    import numpy as np
-
-    return np.zeros((1, 2))
 
 
 # DVC's experiments
