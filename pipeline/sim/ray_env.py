@@ -1,11 +1,11 @@
 """Environments on a Ray cluster: each actor holds several, the learner stays where it is.
 
-``SharedMemoryVecEnv(env_fns, make_worker=cluster.make_worker, n_workers=cluster.n_actors)`` steps them. An actor carries
-out the same orders in the same way as a worker process of this machine; what that one finds in shared memory travels
-with the order and the reply. Which actor has which environments, and where it is, decides no bit of the result.
+``SharedMemoryVecEnv(env_fns, cluster.n_actors, make_worker=cluster.make_worker)`` steps them. An actor carries out the
+same orders in the same way as a worker process of this machine; what that one finds in shared memory travels with the
+order and the reply. Which actor has which environments, and where it is, decides no bit of the result.
 
 Actors step, and nothing else: the network's last bits depend on the batch, so the learner decides for all environments.
-Nothing else in the house imports Ray for this, and this module imports it only when it is used.
+Ray is imported when it is used: nobody else needs to have it installed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import cores
@@ -217,9 +218,7 @@ class Actor:
 
 def machine() -> dict[str, str]:
     """Releases of the :data:`DECIDING` packages, instruction set and C library of this process."""
-    from numpy._core._multiarray_umath import __cpu_features__  # type: ignore[attr-defined]
-
-    instructions = sorted(name for name, there in __cpu_features__.items() if there)
+    instructions = np.show_config(mode="dicts")["SIMD Extensions"]["found"]
     return {
         **{package: _release(package) for package in DECIDING},
         "instructions": f"{platform.machine()} {' '.join(instructions)}",
@@ -247,8 +246,7 @@ class ActorWorker(Worker):
         self._actor: Any = None
 
     def start(self) -> None:
-        import ray
-
+        ray = _ray()
         free = self._actor is None or ray.available_resources().get("CPU", 0) >= 1
         options = {"num_cpus": 1 if free else 0, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
         self._actor = ray.remote(Actor).options(**options).remote(self._shared.layout)
@@ -265,10 +263,9 @@ class ActorWorker(Worker):
 
     @staticmethod
     def wait(handles: Sequence[Any], patience: float) -> Collection[Any]:
-        import ray
-
+        ray = _ray()
         # For all: who settles a step needs every reply, and each call of ray.wait costs 0.1 ms.
-        ready, _ = ray.wait(handles, num_returns=len(handles), timeout=patience)
+        ready, _ = ray.wait(list(handles), num_returns=len(handles), timeout=patience)
         return set(ready)
 
     def receive(self, ready: Collection[Any]) -> list[Any]:
@@ -281,8 +278,7 @@ class ActorWorker(Worker):
         return []
 
     def _opened(self, reply: Any) -> Any:
-        import ray
-
+        ray = _ray()
         try:
             answer, parcel = ray.get(reply)
             if self._machine is not None:
@@ -299,7 +295,9 @@ class ActorWorker(Worker):
         here = machine()
         differ = {key: f"{key} {there[key]}, expected {here[key]}" for key in here if there[key] != here[key]}
         if any(package in differ for package in DECIDING):
-            raise ClusterError(f"a node of the cluster has other packages than the learner: {'; '.join(differ.values())}")
+            raise ClusterError(
+                f"a node of the cluster has other packages than the learner: {'; '.join(differ.values())}"
+            )
         if differ:
             log.warning("a node of the cluster is of another kind (%s): last bits may differ", ", ".join(differ))
 
@@ -307,7 +305,6 @@ class ActorWorker(Worker):
         pass  # its environments hold nothing that outlives their process
 
     def stop(self, patience: float = 0.0) -> None:
-        import ray
-
+        ray = _ray()
         if ray.is_initialized():  # else the cluster's end has ended it
             ray.kill(self._actor)

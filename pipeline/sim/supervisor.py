@@ -175,7 +175,8 @@ class ProcessWorker(Worker):
 
 
 def replies(workers: Sequence[Worker]) -> list[tuple[Worker, Any]]:
-    """Wait for some of ``workers``, all of one kind, which all owe a reply: what the order returned or a :class:`Failure`."""
+    """Wait for some of ``workers``, all of one kind, which all owe a reply; a reply is what the order returned or a
+    :class:`Failure`."""
     handles = [handle for worker in workers for handle in worker.handles()]
     patience = min(worker.due for worker in workers) - time.monotonic()
     ready = workers[0].wait(handles, max(patience, 0)) if handles else []
