@@ -24,6 +24,7 @@ from pipeline.sim.supervisor import Worker, WorkerError
 from pipeline.sim.vec_env import SharedMemoryVecEnv
 from pipeline.sim.worker import Message, dumps
 from tests.conftest import ROOT
+from tests.sim.nodes import two_nodes
 from tests.sim.test_vec_env import N_ENVS, actions_of, counters, drive, plainly, racing, run, unlucky
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Ray's test clusters and SIGKILL")
@@ -62,6 +63,7 @@ class Neighbour(Worker):
     def start(self) -> None:
         self.actor = Actor(self._shared.layout)
         self.replies: deque[Any] = deque()
+        self.observations: list[list[Any]] = []  # sent after each step
 
     def post(self, message: Message) -> None:
         parcel = pickle.loads(pickle.dumps(needed(self._shared, message)))
@@ -72,12 +74,29 @@ class Neighbour(Worker):
 
     def receive(self, ready: Collection[Any]) -> list[Any]:
         answer, parcel = self.replies.popleft()
+        if any(name == "rewards" for name, *_ in parcel):
+            self.observations.append([values for name, _, values in parcel if name in ("moved", "observations")])
         unpack(parcel, self._shared)
         return [pickle.loads(answer)]
 
     def hang_up(self) -> None: ...
 
     def stop(self, patience: float = 0.0) -> None: ...
+
+
+def test_of_a_stack_the_newest_picture_alone_is_sent() -> None:
+    local = SharedMemoryVecEnv(racing(), 0)
+    expected = [plainly(local.reset()), *drive(local, range(9))]
+    local.close()
+    venv = SharedMemoryVecEnv(racing(), 1, make_worker=Neighbour)
+    assert [plainly(venv.reset()), *drive(venv, range(9))] == expected
+    (neighbour,) = venv._supervisor.workers
+    assert isinstance(neighbour, Neighbour)
+    done = [any(step[2][2]) for step in expected[1:]]
+    assert True in done
+    pictures = [sum(values[0].shape[0] * len(values) for values in step) for step in neighbour.observations]
+    assert [n > 3 for n in pictures] == done, "the 3 newest pictures, or more where a new episode has begun"
+    venv.close()
 
 
 @pytest.mark.parametrize("n_actors", [1, 3])
@@ -100,7 +119,7 @@ def command_line(*flags: str, before: str = "") -> subprocess.CompletedProcess[s
     [
         (("--ray-actors", "2"), "", "--ray-actors says how many: expected --ray with it, which says where, got none"),
         (
-            ("--ray", "local", "--visual", "--n-envs", "1"),
+            ("--ray", "local", "--visual"),
             "",
             "--visual trains in one environment: expected it without",
         ),
@@ -119,20 +138,8 @@ def test_mistakes_are_told_before_anything_starts(flags: tuple[str, ...], before
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
-    """A cluster of two nodes with two CPUs each, which asks for a token."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_AUTH_MODE", "token")
-    patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    patch.setenv("PYTHONPATH", str(ROOT))  # the tests' environments are not sent along
-    cluster_utils = pytest.importorskip("ray.cluster_utils")
-    from ray._raylet import AuthenticationTokenLoader
-
-    AuthenticationTokenLoader.instance().reset_cache()  # of a token that another test has used in this process
-    nodes = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    nodes.add_node(num_cpus=2)
-    yield nodes
-    nodes.shutdown()
-    patch.undo()
+    with two_nodes() as nodes:
+        yield nodes
 
 
 @pytest.fixture(scope="module")
