@@ -2,7 +2,7 @@
 
 python -m pipeline.bench [--seconds 3] [--repeats 3] [--only NAME ...] [--peers]
 python -m pipeline.bench --tune [--apply]
-python -m pipeline.bench --ray ADDRESS
+python -m pipeline.bench --ray ADDRESS [--ray-actors N]
 
 Prints a table and writes ``metrics/bench.json``. The cases take turns, ``repeats`` rounds of ``seconds`` each, and the
 median of the rounds counts: what else the machine does then hits all alike. Trust the ratios more than the figures.
@@ -80,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tune", action="store_true", help="find the fastest n_envs x num_threads instead")
     parser.add_argument("--apply", action="store_true", help="with --tune: write the setting into params.yaml")
     parser.add_argument("--ray", metavar="ADDRESS", help="throughput against the number of Ray actors instead")
+    parser.add_argument(
+        "--ray-actors", type=_count, metavar="N", help="with --ray: 1, 2, 4, ... N [default: cores here]"
+    )
     params, arguments = parse_args(TrainParams, parser, argv)
     if arguments.apply and not arguments.tune:
         parser.error("--apply: expected together with --tune, which finds what to apply")
@@ -89,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.ray:
             from pipeline.bench_ray import bench_ray
 
-            bench_ray(params, arguments.ray, arguments.seconds, arguments.repeats)
+            bench_ray(params, arguments.ray, arguments.ray_actors, arguments.seconds, arguments.repeats)
         elif arguments.tune:
             from pipeline.bench_tune import tune
 

@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.bench_cases import CASES, FRAMES, inference, training, training_env, update, vectorised
 from pipeline.bench_measure import Case, Prepare, Work, machine, measure, summarize, table
 from pipeline.config import TrainParams, cores
-from pipeline.sim.ray_env import LOCAL, Cluster, connected
+from pipeline.sim.ray_env import Cluster, connected
 
 METRICS, SECTION = Path("metrics/scale.json"), "rollouts"
 BASELINES = ("vectorised_1_worker", "vectorised_all_cores", "training")
@@ -28,16 +28,19 @@ MESSAGES = 16
 """Environments of an actor whose messages are measured, in two groups of eight."""
 
 
-def bench_ray(params: TrainParams, address: str, seconds: float, repeats: int, output: Path = METRICS) -> None:
-    """Measure, print, and write the section :data:`SECTION` of ``output``; what else is in it stays.
+def bench_ray(
+    params: TrainParams, address: str, most: int | None, seconds: float, repeats: int, output: Path = METRICS
+) -> None:
+    """Measure with 1, 2, 4, ... up to ``most`` actors, print, and write a section of ``output``; the others stay.
 
     Raises:
         ClusterError: The cluster can't be used.
     """
     here = machine()
-    n_actors = sum(counts(cores())) if address == LOCAL else None  # cases wait for their turns all at once
-    with connected(address, n_actors, params.n_envs * 2) as cluster:
-        cases = [*(case for case in CASES if case.name in BASELINES), *ray_cases(cluster, params)]
+    numbers = counts(min(most or cores(), params.n_envs))
+    cpus = sum(numbers) + numbers[-1]  # the actors of all cases are there while one has its turn
+    with connected(address, cpus, cpus) as cluster:
+        cases = [*(case for case in CASES if case.name in BASELINES), *ray_cases(cluster, numbers)]
         summary = summarize(cases, *measure(cases, params, seconds, repeats))
         print(table(summary), flush=True)
         prices = costs(cluster, params, seconds)
@@ -48,23 +51,20 @@ def bench_ray(params: TrainParams, address: str, seconds: float, repeats: int, o
     write_section(output, SECTION, content)
 
 
-def counts(cpus: int) -> list[int]:
-    """Numbers of actors to measure: 1, 2, 4, ... up to one per CPU."""
-    return [2**power for power in range(cpus.bit_length())]
+def counts(most: int) -> list[int]:
+    """1, 2, 4, ... up to ``most``."""
+    return [2**power for power in range(most.bit_length())]
 
 
-def ray_cases(cluster: Cluster, params: TrainParams) -> list[Case]:
-    """All environments on so many actors, and whole training on as many as are measured at most."""
-    numbers = [n for n in counts(cluster.n_actors) if 2 * n - 1 <= cluster.n_actors and n <= params.n_envs]
+def ray_cases(cluster: Cluster, numbers: Sequence[int]) -> list[Case]:
+    """All environments on so many actors, and whole training on the most."""
     remote = partial(vectorised, make_worker=cluster.make_worker)
-    cases = [
-        Case(f"ray_{n}_actors", FRAMES, ("vectorised_1_worker", "ray_1_actors"), partial(remote, n_workers=n))
-        for n in numbers
+    against = ("vectorised_1_worker", "ray_1_actors")
+    whole: Prepare = partial(training, make_worker=cluster.make_worker, n_workers=numbers[-1])
+    return [
+        *(Case(f"ray_{n}_actors", FRAMES, against[: 1 + (n > 1)], partial(remote, n_workers=n)) for n in numbers),
+        Case(f"ray_training_{numbers[-1]}_actors", FRAMES, ("training",), whole),
     ]
-    if 2 * numbers[-1] <= cluster.n_actors:
-        whole: Prepare = partial(training, make_worker=cluster.make_worker, n_workers=numbers[-1])
-        cases.append(Case(f"ray_training_{numbers[-1]}_actors", FRAMES, ("training",), whole))
-    return cases
 
 
 # What a step costs

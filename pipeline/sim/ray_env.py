@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import platform
+import secrets
 import signal
 import threading
 import time
@@ -87,13 +88,15 @@ class Cluster:
 def connected(address: str, n_actors: int | None, n_envs: int) -> Iterator[Cluster]:
     """Connect to a cluster, or start one here; ``n_actors`` None means one per free CPU.
 
-    A cluster started here asks for a token (``RAY_AUTH_MODE=token``), has no dashboard and ends with the block. For one
-    elsewhere, Ray finds the token as the cluster's own nodes do: ``RAY_AUTH_TOKEN``, ``RAY_AUTH_TOKEN_PATH`` or
-    ``~/.ray/auth_token``.
+    A cluster started here listens on the loopback address, asks for a token of this process's own, has no dashboard
+    and ends with the block. For one elsewhere, Ray finds the token as that one's nodes do: ``RAY_AUTH_TOKEN``,
+    ``RAY_AUTH_TOKEN_PATH`` or ``~/.ray/auth_token``.
 
     Raises:
         ClusterError: Ray is not installed, the cluster does not answer, or it has fewer CPUs than ``n_actors``.
     """
+    if address == LOCAL:
+        _protect()
     ray = _ray()
     if address.startswith("ray://"):
         raise ClusterError(
@@ -106,6 +109,14 @@ def connected(address: str, n_actors: int | None, n_envs: int) -> Iterator[Clust
         yield _cluster(ray, n_actors, n_envs)
     finally:
         ray.shutdown()
+
+
+def _protect() -> None:
+    """What Ray has to find in the environment to start a cluster here; before it is imported."""
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's name for what may leave the machine
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would put the actors behind all else on this machine
+    if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _ray() -> Any:

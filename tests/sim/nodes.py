@@ -18,6 +18,7 @@ def two_nodes() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("PYTHONPATH", str(ROOT))  # the tests' environments are not sent along
         cluster_utils = pytest.importorskip("ray.cluster_utils")
         from ray._raylet import AuthenticationTokenLoader
