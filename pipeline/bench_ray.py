@@ -46,7 +46,8 @@ def bench_ray(
         prices = costs(cluster, params, seconds)
     for name, price in prices.items():
         print(f"{name:<28}{price:>10,.1f}")
-    settings = params.model_dump(include={"n_envs", "n_steps", "n_epochs", "batch_size", "frame_skip", "precision"})
+    keys = {"n_envs", "n_steps", "n_epochs", "batch_size", "frame_skip", "frames_stack", "resize", "precision"}
+    settings = params.model_dump(include=keys)
     content = {"machine": here, "settings": settings, "nodes": cluster.n_nodes, "cases": summary, "costs": prices}
     write_section(output, SECTION, content)
 
