@@ -161,8 +161,11 @@ NATURE: dict[str, Any] = {
 
 @contextmanager
 def update(params: TrainParams, **changes: Any) -> Iterator[Work]:
-    """PPO's update on a rollout of noise. Learning rate 0: weights, and with them the work, stay the same."""
-    with _model(params.model_copy(update={"learning_rate": 0.0, **changes})) as model:
+    """PPO's update on a rollout of noise. Learning rate 0: weights, and with them the work, stay the same.
+
+    Without ``target_kl``, which the noise's probabilities would exceed at once: the passes would be broken off.
+    """
+    with _model(params.model_copy(update={"learning_rate": 0.0, "target_kl": 0.0, **changes})) as model:
         _fill(model)
 
         def work() -> int:
