@@ -87,9 +87,8 @@ def step(costs: dict[str, float], n_epochs: int, bytes_per_decision: float, acto
 
 
 def best(costs: dict[str, float], n_epochs: int, size: float, nodes: int, learner: Learner) -> Plan:
-    """The fastest number of actors, a power of two, that ``nodes`` have the cores for."""
-    most = min(nodes * CORES, N_ENVS // 2)
-    numbers = [2**power for power in range(most.bit_length())]
+    """The fastest number of actors that ``nodes`` have the cores for, each with an environment in both groups."""
+    numbers = range(1, min(nodes * CORES, N_ENVS // 2) + 1)
     return max((step(costs, n_epochs, size, n, learner) for n in numbers), key=lambda plan: plan.decisions_per_second)
 
 
