@@ -2,12 +2,14 @@
 
 python -m pipeline.bench [--seconds 3] [--repeats 3] [--only NAME ...] [--peers]
 python -m pipeline.bench --tune [--apply]
+python -m pipeline.bench --ray ADDRESS [--ray-actors N]
 
 Prints a table and writes ``metrics/bench.json``. The cases take turns, ``repeats`` rounds of ``seconds`` each, and the
 median of the rounds counts: what else the machine does then hits all alike. Trust the ratios more than the figures.
 
 --peers adds EnvPool's CarRacing-v3 and RL Zoo's own trainer with its own settings (install: make bench-peers).
 --tune tries n_envs x num_threads for whole training and recommends a setting; --apply writes it into params.yaml.
+--ray measures environments on a Ray cluster (local: one on this machine) and writes its section of metrics/scale.json.
 """
 
 from __future__ import annotations
@@ -77,18 +79,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=METRICS, help=f"JSON to write [default {METRICS}]")
     parser.add_argument("--tune", action="store_true", help="find the fastest n_envs x num_threads instead")
     parser.add_argument("--apply", action="store_true", help="with --tune: write the setting into params.yaml")
+    parser.add_argument("--ray", metavar="ADDRESS", help="throughput against the number of Ray actors instead")
+    parser.add_argument(
+        "--ray-actors", type=_count, metavar="N", help="with --ray: 1, 2, 4, ... N [default: cores here]"
+    )
     params, arguments = parse_args(TrainParams, parser, argv)
     if arguments.apply and not arguments.tune:
         parser.error("--apply: expected together with --tune, which finds what to apply")
+    from pipeline.sim.ray_env import ClusterError
+
     try:
-        if arguments.tune:
+        if arguments.ray:
+            from pipeline.bench_ray import bench_ray
+
+            bench_ray(params, arguments.ray, arguments.ray_actors, arguments.seconds, arguments.repeats)
+        elif arguments.tune:
             from pipeline.bench_tune import tune
 
             tune(params, arguments.seconds, arguments.repeats, arguments.apply)
         else:
             cases = choose(arguments.only, arguments.peers)
             bench(cases, params, arguments.seconds, arguments.repeats, arguments.output)
-    except (ConfigError, PeerError) as error:
+    except (ConfigError, PeerError, ClusterError) as error:
         fail(error)
 
 

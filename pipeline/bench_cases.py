@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import device as Device
 
     from pipeline.agent.ppo import DrivingPPO
-    from pipeline.sim.vec_env import SharedMemoryVecEnv
+    from pipeline.sim.vec_env import MakeWorker, SharedMemoryVecEnv
 
 # One environment, one core
 
@@ -57,7 +57,8 @@ the episodes are as long as stock's, whose rules end them alone."""
 
 
 @contextmanager
-def _training_env(params: TrainParams) -> Iterator[Work]:
+def training_env(params: TrainParams) -> Iterator[Work]:
+    """One training environment; counts frames."""
     import cv2
 
     from pipeline.sim.training_env import make_training_env
@@ -71,7 +72,7 @@ def _training_env(params: TrainParams) -> Iterator[Work]:
 # All environments
 
 
-def _vec_env(params: TrainParams, n_workers: int) -> SharedMemoryVecEnv:
+def _vec_env(params: TrainParams, n_workers: int, make_worker: MakeWorker | None = None) -> SharedMemoryVecEnv:
     from pipeline.sim.training_env import make_training_env
     from pipeline.sim.vec_env import SharedMemoryVecEnv
 
@@ -79,11 +80,14 @@ def _vec_env(params: TrainParams, n_workers: int) -> SharedMemoryVecEnv:
 
 
 @contextmanager
-def _vectorised(params: TrainParams, n_workers: int, **changes: Any) -> Iterator[Work]:
+def vectorised(
+    params: TrainParams, n_workers: int, make_worker: MakeWorker | None = None, **changes: Any
+) -> Iterator[Work]:
+    """Steps of all environments; counts frames."""
     import numpy as np
 
     params = params.model_copy(update={**LONG_EPISODES, **changes})
-    env = _vec_env(params, n_workers)
+    env = _vec_env(params, n_workers, make_worker)
     env.reset()
     actions = np.repeat(np.array(DRIVE, np.float32)[:, None], params.n_envs, axis=1)  # (steps, n_envs, 3)
     actions = actions[:10, :, : env.action_space.shape[0]]  # type: ignore[index]
@@ -105,12 +109,12 @@ EVERY_FRAME_RGB: dict[str, Any] = {"frame_skip": 1, "frames_stack": 1, "grayscal
 
 
 @contextmanager
-def _model(params: TrainParams, n_workers: int = 0) -> Iterator[DrivingPPO]:
+def _model(params: TrainParams, n_workers: int = 0, make_worker: MakeWorker | None = None) -> Iterator[DrivingPPO]:
     from stable_baselines3.common.logger import Logger
 
     from pipeline.agent.build import build_model
 
-    env = _vec_env(params, n_workers)
+    env = _vec_env(params, n_workers, make_worker)
     model = build_model(params, env)
     model.set_logger(Logger(None, []))
     yield model
@@ -126,7 +130,7 @@ def _wait(device: Device) -> None:
 
 
 @contextmanager
-def _inference(params: TrainParams) -> Iterator[Work]:
+def inference(params: TrainParams) -> Iterator[Work]:
     """Actions for one of the two groups of environments, as the rollout asks for them."""
     import numpy as np
     import torch as th
@@ -156,9 +160,12 @@ NATURE: dict[str, Any] = {
 
 
 @contextmanager
-def _update(params: TrainParams, **changes: Any) -> Iterator[Work]:
-    """PPO's update on a rollout of noise. Learning rate 0: weights, and with them the work, stay the same."""
-    with _model(params.model_copy(update={"learning_rate": 0.0, **changes})) as model:
+def update(params: TrainParams, **changes: Any) -> Iterator[Work]:
+    """PPO's update on a rollout of noise. Learning rate 0: weights, and with them the work, stay the same.
+
+    Without ``target_kl``, which the noise's probabilities would exceed at once: the passes would be broken off.
+    """
+    with _model(params.model_copy(update={"learning_rate": 0.0, "target_kl": 0.0, **changes})) as model:
         _fill(model)
 
         def work() -> int:
@@ -207,10 +214,10 @@ def _fill(model: Any) -> None:
 
 
 @contextmanager
-def training(params: TrainParams) -> Iterator[Work]:
+def training(params: TrainParams, n_workers: int = 0, make_worker: MakeWorker | None = None) -> Iterator[Work]:
     """Rollout and update, as ``pipeline.train`` does them, without validation; counts frames."""
-    workers = min(params.n_workers or cores(), params.n_envs)
-    with _model(params, workers if params.n_envs > 1 else 0) as model:
+    workers = n_workers or min(params.n_workers or cores(), params.n_envs)
+    with _model(params, workers if params.n_envs > 1 else 0, make_worker) as model:
         rollout = params.n_steps * params.n_envs
 
         def work() -> int:
@@ -240,15 +247,15 @@ CASES = (
     Case("stock", FRAMES, (), partial(_game, env_id="CarRacing-v3")),
     Case("fast_rgb", FRAMES, ("stock", "envpool_1_thread"), partial(_game, env_id="FastCarRacing-v3")),
     Case("fast_gray", FRAMES, STOCK, partial(_game, env_id="FastCarRacing-v3", grayscale=True)),
-    Case("training_env", FRAMES, STOCK, _training_env),
-    Case("vectorised_1_worker", FRAMES, STOCK, partial(_vectorised, n_workers=1)),
-    Case("vectorised_all_cores", FRAMES, ("vectorised_1_worker",), partial(_vectorised, n_workers=cores())),
-    Case("inference", DECISIONS, (), _inference),
+    Case("training_env", FRAMES, STOCK, training_env),
+    Case("vectorised_1_worker", FRAMES, STOCK, partial(vectorised, n_workers=1)),
+    Case("vectorised_all_cores", FRAMES, ("vectorised_1_worker",), partial(vectorised, n_workers=cores())),
+    Case("inference", DECISIONS, (), inference),
     Case("update_sb3_nature", SAMPLES, (), _sb3_update),
-    Case("update_nature_fp32", SAMPLES, SB3, partial(_update, precision="fp32", **NATURE)),
-    Case("update_nature_bf16", SAMPLES, SB3, partial(_update, precision="bf16", **NATURE)),
-    Case("update_default_fp32", SAMPLES, SB3, partial(_update, precision="fp32")),
-    Case("update_default_auto", SAMPLES, SB3, _update),
+    Case("update_nature_fp32", SAMPLES, SB3, partial(update, precision="fp32", **NATURE)),
+    Case("update_nature_bf16", SAMPLES, SB3, partial(update, precision="bf16", **NATURE)),
+    Case("update_default_fp32", SAMPLES, SB3, partial(update, precision="fp32")),
+    Case("update_default_auto", SAMPLES, SB3, update),
     Case("training", FRAMES, ("stock", "rl_zoo_training"), training),
 )
 
@@ -259,7 +266,7 @@ PEERS = (
         "fast_rgb_all_cores",
         FRAMES,
         ("fast_rgb", "envpool_all_cores"),
-        partial(_vectorised, n_workers=cores(), **EVERY_FRAME_RGB),
+        partial(vectorised, n_workers=cores(), **EVERY_FRAME_RGB),
     ),
     # A piece is a whole rollout of 4096 decisions, most of a minute. What the first calls cost is in the first round
     # alone, so the median of three doesn't see it.

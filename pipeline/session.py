@@ -234,7 +234,7 @@ def build_logger(folder: Path, spool: Spool) -> Logger:
     return Logger(str(folder), [TensorBoardOutputFormat(str(folder / "tensorboard")), SpoolWriter(spool)])
 
 
-def announce(run: Run, model: DrivingPPO, folder: Path, workers: int) -> None:
+def announce(run: Run, model: DrivingPPO, folder: Path, workers: str) -> None:
     """Say, in the log and as tags, on what the training runs."""
     dtype = str(model.policy.features_extractor.dtype).removeprefix("torch.")
     gpu = th.cuda.get_device_name(model.device) if model.device.type == "cuda" else ""
@@ -243,11 +243,11 @@ def announce(run: Run, model: DrivingPPO, folder: Path, workers: int) -> None:
             "device": str(model.device),
             "precision": dtype,
             "torch_threads": str(model.update_threads),
-            "workers": str(workers),
+            "workers": workers,
             **({"gpu": gpu} if gpu else {}),
         }
     )
     log.info(
-        "%s on %s %s, %s, %d torch threads, %d environments in %d workers",
+        "%s on %s %s, %s, %d torch threads, %d environments in %s",
         folder, model.device, gpu, dtype, model.update_threads, model.n_envs, workers,
     )  # fmt: skip

@@ -1,11 +1,11 @@
 """Stage ``train``: parameters -> a policy that drives.
 
-python -m pipeline.train [--config FILE] [--KEY VALUE ...] [--visual ...]
+python -m pipeline.train [--config FILE] [--KEY VALUE ...] [--visual ...] [--ray ADDRESS]
 
 Reads ``params.yaml``. Leaves ``models/best_model.safetensors`` (the best on the validation tracks) and
 ``models/final_model.safetensors``, ``metrics/train.json`` and ``plots/``, a run folder under ``log_root``, and a run in
 MLflow, whose id is in ``metrics/mlflow.json`` for the next stages. ``--visual`` opens windows on it; q or Esc closes
-them, and the training goes on.
+them, and the training goes on. ``--ray`` steps the environments on a Ray cluster: the result is the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,11 +27,16 @@ from pipeline.interrupts import Interrupts
 if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
 
+    from pipeline.sim.ray_env import Cluster
+
 log = logging.getLogger("pipeline.train")
 
 
 def train(
-    params: TrainParams, stop: Interrupts | None = None, onlookers: Sequence[BaseCallback] = ()
+    params: TrainParams,
+    stop: Interrupts | None = None,
+    onlookers: Sequence[BaseCallback] = (),
+    cluster: Cluster | None = None,
 ) -> dict[str, float]:
     """Train one policy; returns what is written to ``metrics/train.json``.
 
@@ -39,6 +44,7 @@ def train(
         params: Every number it depends on.
         stop: Asked before each rollout whether to save the state and end.
         onlookers: Callbacks that look on and change nothing.
+        cluster: Where the environments are stepped instead of on this machine; changes nothing either.
 
     Raises:
         TrackingError: ``MLFLOW_TRACKING_URI`` names no store of MLflow's.
@@ -46,6 +52,7 @@ def train(
         CheckpointError: The training was interrupted and every state it left is damaged.
         PolicyError: ``warm_start`` names a policy that does not fit the parameters.
         WorkerError: An environment failed again and again.
+        ClusterError: A node of the cluster has other packages than this machine.
     """
     # Imported here: they take 4 s, and a mistake in the parameters is told before that.
     from pipeline.agent import checkpoint, policy
@@ -72,7 +79,8 @@ def train(
         with run, Evaluator(workers) as evaluator, ExitStack() as stack:
             env = SharedMemoryVecEnv(
                 [partial(make_training_env, params, index) for index in range(params.n_envs)],
-                n_workers=workers if params.n_envs > 1 else 0,
+                n_workers=cluster.n_actors if cluster else workers if params.n_envs > 1 else 0,
+                make_worker=cluster.make_worker if cluster else None,
             )
             stack.callback(env.close)
             model = build_model(params, env)
@@ -82,7 +90,7 @@ def train(
                 session.resume(state, run)
             elif initial_weights:
                 policy.load_weights(model.policy, initial_weights)
-            announce(run, model, folder, workers)
+            announce(run, model, folder, str(cluster or f"{workers} workers"))
             run.track_set(validation_tracks(params), "validation", "validation")
             run.artifact(folder / "config.json")
             remaining = params.total_timesteps - model.num_timesteps
@@ -107,6 +115,32 @@ def add_visual_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--visual-scale", type=integer(1, 1_000_000), metavar="N", help="screen pixels per pixel [default 3]"
     )
+
+
+def add_ray_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that are no parameters: where environments are stepped changes nothing in the result."""
+    group = parser.add_argument_group("environments on a Ray cluster, the learner here (docs/scaling.md)")
+    group.add_argument("--ray", metavar="ADDRESS", help="HOST:PORT, or auto on a node of it; local starts one here")
+    group.add_argument(
+        "--ray-actors", type=integer(1, 1024), metavar="N", help="share the environments [default: one per free CPU]"
+    )
+
+
+def check_ray_flags(arguments: argparse.Namespace) -> None:
+    """Exit with 2 where they don't go together."""
+    if arguments.ray_actors and arguments.ray is None:
+        fail("--ray-actors says how many: expected --ray with it, which says where, got none")
+    if arguments.ray is not None and arguments.visual:
+        fail("--visual trains in one environment: expected it without --ray, which is for many")
+
+
+def connected(params: TrainParams, arguments: argparse.Namespace) -> AbstractContextManager[Cluster | None]:
+    """The cluster that ``--ray`` names, or none; raises ``ClusterError`` where it can't be used."""
+    if arguments.ray is None:
+        return nullcontext()
+    from pipeline.sim import ray_env
+
+    return ray_env.connected(arguments.ray, arguments.ray_actors, params.n_envs)
 
 
 def one_environment(params: TrainParams) -> TrainParams:
@@ -158,7 +192,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage; exit code 2 for mistakes of the user and a full disk, 128 + n for signal n."""
     parser = Parser(prog="python -m pipeline.train", description=__doc__)
     add_visual_flags(parser)
+    add_ray_flags(parser)
     params, arguments = parse_args(TrainParams, parser, argv)
+    check_ray_flags(arguments)
     from pipeline.media.viewer import ViewerError
 
     with Interrupts() as stop:
@@ -168,12 +204,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             fail(error)
         from pipeline.agent.checkpoint import CheckpointError
         from pipeline.agent.policy import PolicyError
+        from pipeline.sim.ray_env import ClusterError
         from pipeline.tracking.folder import RunFolderError
         from pipeline.tracking.store import TrackingError
 
         try:
-            train(params, stop, onlookers)
-        except (TrackingError, RunFolderError, CheckpointError, PolicyError) as error:
+            with connected(params, arguments) as cluster:
+                train(params, stop, onlookers, cluster)
+        except (TrackingError, RunFolderError, CheckpointError, PolicyError, ClusterError) as error:
             fail(error)
         except OSError as error:
             if not durable.is_full(error):

@@ -222,7 +222,11 @@ def test_updates_do_the_same_work_in_every_round(params: TrainParams) -> None:
     with case.prepare(params) as work:
         (model,) = (cell.cell_contents for cell in work.__closure__ or () if hasattr(cell.cell_contents, "policy"))  # type: ignore[attr-defined]
         before = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
-        work()
+        learned = []
+        descend = model._descend
+        model._descend = lambda loss, batch: (learned.append(len(batch.returns)), descend(loss, batch))
+        units = work()
+        assert sum(learned) == units, "no pass may be broken off"
         assert all(tensor.equal(before[name]) for name, tensor in model.policy.state_dict().items())
 
 

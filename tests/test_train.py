@@ -54,20 +54,20 @@ def start(folder: Path, **changes: object) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return output
 
 
 def wait_for(folder: Path, pattern: str, process: subprocess.Popen[str]) -> Path:
     """The first file of that name pattern in the run folder."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if found := sorted(folder.glob(pattern)):
             return found[0]
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    raise AssertionError(f"no {pattern} within 120 s")
+    raise AssertionError(f"no {pattern} within 300 s")
 
 
 def client(folder: Path) -> MlflowClient:

@@ -10,12 +10,12 @@ import time
 import types
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from typing import Any, NamedTuple
 
-from pipeline.sim.worker import ONE_THREAD, Context, EnvSlice, Failure, Message, SharedArrays, dumps, serve
+from pipeline.sim.worker import ONE_THREAD, Arrays, Context, EnvSlice, Failure, Message, SharedArrays, dumps, serve
 
 CALLS = frozenset({"get_attr", "set_attr", "env_method", "is_wrapped"})
 """Orders whose exceptions are the caller's: a missing attribute is no reason to replace a worker."""
@@ -63,7 +63,7 @@ class Worker(ABC):
     due = 0.0
     pid: int | None = None
 
-    def __init__(self, indices: Sequence[int], shared: SharedArrays) -> None:
+    def __init__(self, indices: Sequence[int], shared: Arrays) -> None:
         self.indices = indices
         self.orders: deque[Order] = deque()
         self.failures = 0
@@ -82,10 +82,15 @@ class Worker(ABC):
 
     @abstractmethod
     def handles(self) -> list[Any]:
-        """What becomes ready with a reply or the worker's end, for ``multiprocessing.connection.wait``."""
+        """What becomes ready with a reply or the worker's end, for :meth:`wait`."""
+
+    @staticmethod
+    def wait(handles: Sequence[Any], patience: float) -> Collection[Any]:
+        """Those of some workers' handles that are ready, as soon as there are any, or none after so many seconds."""
+        return connection.wait(handles, patience)
 
     @abstractmethod
-    def receive(self, ready: Sequence[Any]) -> list[Any]:
+    def receive(self, ready: Collection[Any]) -> list[Any]:
         """One reply, none yet, or a :class:`Failure` if there will be none because the worker died or hangs."""
 
     @abstractmethod
@@ -110,7 +115,7 @@ class LocalWorker(Worker):
     def handles(self) -> list[Any]:
         return []
 
-    def receive(self, ready: Sequence[Any]) -> list[Any]:
+    def receive(self, ready: Collection[Any]) -> list[Any]:
         return [self._replies.popleft()]
 
     def hang_up(self) -> None:
@@ -122,6 +127,8 @@ class LocalWorker(Worker):
 
 class ProcessWorker(Worker):
     """A worker process; ``deadline`` is the time in seconds for a reply."""
+
+    _shared: SharedArrays
 
     def __init__(self, indices: Sequence[int], shared: SharedArrays, context: Context, deadline: float) -> None:
         super().__init__(indices, shared)
@@ -144,7 +151,7 @@ class ProcessWorker(Worker):
     def handles(self) -> list[Any]:
         return [self._pipe, self._process.sentinel]
 
-    def receive(self, ready: Sequence[Any]) -> list[Any]:
+    def receive(self, ready: Collection[Any]) -> list[Any]:
         if self._pipe in ready:
             with suppress(EOFError, OSError):
                 reply = pickle.loads(self._pipe.recv_bytes())
@@ -168,10 +175,11 @@ class ProcessWorker(Worker):
 
 
 def replies(workers: Sequence[Worker]) -> list[tuple[Worker, Any]]:
-    """Wait for some of ``workers``, which all owe a reply; a reply is what the order returned or a :class:`Failure`."""
+    """Wait for some of ``workers``, all of one kind, which all owe a reply; a reply is what the order returned or a
+    :class:`Failure`."""
     handles = [handle for worker in workers for handle in worker.handles()]
     patience = min(worker.due for worker in workers) - time.monotonic()
-    ready = connection.wait(handles, max(patience, 0)) if handles else []
+    ready = workers[0].wait(handles, max(patience, 0)) if handles else []
     return [(worker, reply) for worker in workers for reply in worker.receive(ready)]
 
 

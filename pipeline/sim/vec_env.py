@@ -28,7 +28,7 @@ from pipeline.sim.supervisor import (
     process_context,
     shut_down,
 )
-from pipeline.sim.worker import TERMINAL, Context, Failure, Message, SharedArrays
+from pipeline.sim.worker import TERMINAL, Arrays, Context, Failure, Message, SharedArrays, layout
 
 __all__ = ["EnvState", "Replayable", "SharedMemoryVecEnv", "WorkerError"]
 
@@ -39,6 +39,7 @@ NO_PAGE = -1
 
 Infos = list[dict[str, Any]]
 Groups = tuple[int, ...]
+MakeWorker = Callable[[list[int], Arrays], Worker]
 StepReturn = tuple[NDArray[Any], NDArray[np.float32], NDArray[np.bool_], Infos]
 
 
@@ -65,6 +66,7 @@ class SharedMemoryVecEnv(VecEnv):
         start_method: ``forkserver`` (the default where it exists) or ``spawn``.
         deadline: Seconds after which a worker that does not answer counts as hung.
         max_restarts: Failures in a row after which a worker is given up with a :class:`WorkerError`.
+        make_worker: Makes each worker, of its environments and this process's arrays, instead of a process here.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class SharedMemoryVecEnv(VecEnv):
         start_method: str | None = None,
         deadline: float = 60.0,
         max_restarts: int = 3,
+        make_worker: MakeWorker | None = None,
     ) -> None:
         if not env_fns or n_workers < 0:
             raise ValueError(f"expected env_fns and n_workers >= 0, got {len(env_fns)} env_fns and {n_workers=}")
@@ -81,10 +84,11 @@ class SharedMemoryVecEnv(VecEnv):
         observation_space, action_space = probe.observation_space, probe.action_space
         replayable = isinstance(probe, Replayable)
         probe.close()
-        context = process_context(start_method)
         n_envs = len(env_fns)
         self._env_fns = env_fns
-        self._shared = SharedArrays(context, n_envs, observation_space, action_space)
+        context = process_context(start_method)
+        self._shared = SharedArrays(context, layout(n_envs, observation_space, action_space))
+        make_worker = make_worker or partial(_worker, n_workers=n_workers, context=context, deadline=deadline)
         self._episodes = Episodes(n_envs, action_space, replayable)
         self._attributes: list[dict[str, Any]] = [{} for _ in env_fns]  # what set_attr has set
         self._infos: Infos = [{} for _ in env_fns]
@@ -95,7 +99,7 @@ class SharedMemoryVecEnv(VecEnv):
         half = (n_envs + 1) // 2
         self.groups = (slice(0, half), slice(half, n_envs))
         shares = _spread(self.groups, min(n_workers, n_envs) or 1)
-        workers = [_worker(first + second, self._shared, n_workers, context, deadline) for first, second in shares]
+        workers = [make_worker(first + second, self._shared) for first, second in shares]
         every: tuple[Groups, ...] = ((0,), (1,), BOTH)
         self._shares = {groups: _shares(workers, shares, groups) for groups in every}
         self._supervisor = Supervisor(workers, self._recovery, max_restarts)
@@ -295,7 +299,8 @@ def _spread(groups: Sequence[slice], n_workers: int) -> list[tuple[list[int], ..
     return [(one.tolist(), two.tolist()) for one, two in zip(first, reversed(second), strict=True)]
 
 
-def _worker(indices: list[int], shared: SharedArrays, n_workers: int, context: Context, deadline: float) -> Worker:
+def _worker(indices: list[int], shared: Arrays, n_workers: int, context: Context, deadline: float) -> Worker:
+    assert isinstance(shared, SharedArrays)
     return ProcessWorker(indices, shared, context, deadline) if n_workers else LocalWorker(indices, shared)
 
 

@@ -49,13 +49,25 @@ class Failure(NamedTuple):
         return self.reason
 
 
-class SharedArrays:
-    """The arrays that parent and workers share; pickled to a process that is being started, they are mapped again.
+Layout = dict[str, tuple[tuple[int, ...], Any]]
+"""Shape and dtype of each of the :class:`Arrays`."""
 
-    The memory has no name that could be left behind: it is gone when the last process that maps it is gone, however
-    that one ended, and arrays handed out stay valid for as long as somebody holds them.
+
+def layout(n_envs: int, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> Layout:
+    """The arrays of ``n_envs`` environments with these spaces."""
+    return {
+        "observations": ((3, n_envs, *_shape(observation_space)), observation_space.dtype),
+        "actions": ((n_envs, *_shape(action_space)), action_space.dtype),
+        "rewards": ((n_envs,), np.dtype(np.float32)),
+        "dones": ((n_envs,), np.dtype(np.bool_)),
+    }
+
+
+class Arrays:
+    """The arrays that parent and workers exchange, here in this process's own memory; rows never used cost none.
 
     Attributes:
+        layout: Shape and dtype by name.
         observations: (3, n_envs, *observation_shape), see :data:`TERMINAL`.
         actions: (n_envs, *action_shape).
         rewards: (n_envs,) float32.
@@ -67,29 +79,30 @@ class SharedArrays:
     rewards: NDArray[np.float32]
     dones: NDArray[np.bool_]
 
-    def __init__(
-        self, context: Context, n_envs: int, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]
-    ) -> None:
-        layout = {
-            "observations": ((3, n_envs, *_shape(observation_space)), observation_space.dtype),
-            "actions": ((n_envs, *_shape(action_space)), action_space.dtype),
-            "rewards": ((n_envs,), np.dtype(np.float32)),
-            "dones": ((n_envs,), np.dtype(np.bool_)),
-        }
-        self.__setstate__(
-            {
-                name: (context.RawArray("b", int(np.prod(shape)) * np.dtype(dtype).itemsize), shape, dtype)
-                for name, (shape, dtype) in layout.items()
-            }
-        )
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        for name, (shape, dtype) in layout.items():
+            setattr(self, name, np.empty(shape, dtype))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self._memory
 
-    def __setstate__(self, memory: dict[str, Any]) -> None:
-        self._memory = memory
-        for name, (raw, shape, dtype) in memory.items():
-            setattr(self, name, np.frombuffer(raw, dtype).reshape(shape))
+class SharedArrays(Arrays):
+    """The arrays in memory that processes share; pickled to a process that is being started, they are mapped again.
+
+    The memory has no name that could be left behind: it is gone when the last process that maps it is gone, however
+    that one ended, and arrays handed out stay valid for as long as somebody holds them.
+    """
+
+    def __init__(self, context: Context, layout: Layout) -> None:
+        sizes = {name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (shape, dtype) in layout.items()}
+        self.__setstate__((layout, {name: context.RawArray("b", size) for name, size in sizes.items()}))
+
+    def __getstate__(self) -> tuple[Layout, dict[str, Any]]:
+        return self.layout, self._memory
+
+    def __setstate__(self, state: tuple[Layout, dict[str, Any]]) -> None:
+        self.layout, self._memory = state
+        for name, (shape, dtype) in self.layout.items():
+            setattr(self, name, np.frombuffer(self._memory[name], dtype).reshape(shape))
 
 
 def _shape(space: spaces.Space[Any]) -> tuple[int, ...]:
@@ -101,7 +114,7 @@ def _shape(space: spaces.Space[Any]) -> tuple[int, ...]:
 class EnvSlice:
     """The environments of one worker: carries out orders on them, in the order of their index."""
 
-    def __init__(self, shared: SharedArrays) -> None:
+    def __init__(self, shared: Arrays) -> None:
         self._shared = shared
         self._envs: dict[int, Env] = {}
 
@@ -212,8 +225,8 @@ def serve(pipe: connection.Connection, shared: SharedArrays) -> None:
     envs = EnvSlice(shared)
     with suppress(EOFError, OSError):
         while True:
-            pipe.send_bytes(_encoded(envs.answer(pickle.loads(pipe.recv_bytes()))))
-            _limit_threads()
+            pipe.send_bytes(encoded(envs.answer(pickle.loads(pipe.recv_bytes()))))
+            limit_threads()
     envs.close()
 
 
@@ -230,21 +243,23 @@ def _exit_with_parent() -> None:
     os._exit(1)  # also out of a step that never returns
 
 
-def _limit_threads() -> None:
+def limit_threads() -> None:
+    """Keep OpenCV, which has a thread per core of its own, to one; it may have been imported since the last order."""
     cv2 = sys.modules.get("cv2")
     if cv2 is not None and cv2.getNumThreads() > 1:
         cv2.setNumThreads(1)
 
 
-def _encoded(reply: Any) -> bytes:
+def encoded(reply: Any) -> bytes:
+    """Pickle a reply; what can't be pickled becomes a :class:`Failure` that says so."""
     try:
-        encoded = dumps(reply)
+        answer = dumps(reply)
         if isinstance(reply, Failure):
-            pickle.loads(encoded)  # exceptions with an __init__ of their own often can't be rebuilt
+            pickle.loads(answer)  # exceptions with an __init__ of their own often can't be rebuilt
     except Exception:  # whatever can't be pickled, or rebuilt on the other side, is told as text
         reason = reply.reason if isinstance(reply, Failure) else f"raised\n{traceback.format_exc()}"
         return pickle.dumps(Failure(reason))
-    return encoded
+    return answer
 
 
 def dumps(value: Any) -> bytes:
