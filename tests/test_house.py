@@ -124,7 +124,11 @@ def way_back(start: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("package", "home"),
-    [("mlflow", r"pipeline\.tracking\..*"), ("ray", r"pipeline\.sweep\.on_ray"), ("optuna", r"pipeline\.sweep\.(study|search|plots|space)")],
+    [
+        ("mlflow", r"pipeline\.tracking\..*"),
+        ("ray", r"pipeline\.sweep\.on_ray"),
+        ("optuna", r"pipeline\.sweep\.(study|search|plots|space)"),
+    ],
 )
 def test_each_large_package_has_one_home(package: str, home: str) -> None:
     users = [m for m in MODULES if any(name.partition(".")[0] == package for name in imports(m))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sys
 import traceback
@@ -158,6 +159,7 @@ def work(job: Job, stop: Interrupts) -> None:
     from pipeline.tracking.store import TrackingError
     from pipeline.train import train
 
+    os.environ["MLFLOW_RUN_CONTEXT"] = json.dumps(job.tags)  # MLflow's way of giving tags to a run that others begin
     if job.params.warm_start:
         _bring(job)
     try:

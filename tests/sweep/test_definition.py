@@ -61,8 +61,8 @@ space:
   sde_sample_freq: {low: 1, high: 8, when: {frame_skip: 3}}
 """)
     expected = [
-        "sampler = \"tpo\" (s.yaml:4): expected one of tpe, random, gp, qmc, grid",
-        "seeds = \"5:0\" (s.yaml:5): expected first:stop, such as 0:5, at most 1000 of them",
+        'sampler = "tpo" (s.yaml:4): expected one of tpe, random, gp, qmc, grid',
+        'seeds = "5:0" (s.yaml:5): expected first:stop, such as 0:5, at most 1000 of them',
         "colour (s.yaml:6): unknown key",
         "learnig_rate (s.yaml:10, space.learnig_rate): unknown key; did you mean learning_rate?",
         "learning_rate = 0 (s.yaml:10, space.learning_rate.low): expected number, > 0, <= 1",
@@ -89,9 +89,7 @@ def test_combinations_that_break_a_rule_are_told_with_their_values() -> None:
     (told,) = mistakes(BUDGET + "space:\n  batch_size: {choice: [256, 1024]}\n  n_steps: {choice: [16, 32]}\n")
     assert told.startswith("batch_size = 1024 with n_steps = 16 (the space): expected a divisor of")
     # Only together with 32 steps: what a condition rules out is no mistake.
-    read(
-        BUDGET + "space:\n  n_steps: {choice: [16, 32]}\n  batch_size: {choice: [256, 1024], when: {n_steps: 32}}\n"
-    )
+    read(BUDGET + "space:\n  n_steps: {choice: [16, 32]}\n  batch_size: {choice: [256, 1024], when: {n_steps: 32}}\n")
 
 
 @pytest.mark.parametrize(
