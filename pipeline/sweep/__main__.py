@@ -97,6 +97,7 @@ def build_executor(arguments: argparse.Namespace, params: TrainParams) -> Execut
 def protect_ray() -> None:
     """Before Ray is imported to be started here: the loopback address alone, and a token of this process's own."""
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's name for what may leave the machine
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would put trainings behind all else on this machine
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -15,7 +15,7 @@ from pipeline.sweep.runner import Runner
 log = logging.getLogger(__name__)
 
 LINE_SECONDS = 60.0
-TICK_SECONDS = 0.5
+TICK_SECONDS = 1.0
 
 
 class Progress:

@@ -33,6 +33,7 @@ class RayCluster:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the loopback address alone
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # else a busy machine starves them
             "RAY_TMPDIR": str(scratch),
         }
         self._process = subprocess.Popen(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shutil
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import psutil
 from ruamel.yaml import YAML
 
 from tests.conftest import MLFLOW_AND_DVC, ROOT
@@ -151,3 +154,28 @@ def resumed(project: Path) -> dict[str, list[int]]:
         ]
         for log in project.glob("runs/*/runs/*/train.log")
     }
+
+
+def job_processes(project: Path) -> list[psutil.Process]:
+    """The processes of a project's trainings, without what they started themselves."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if "pipeline.sweep.job" in words and words[-2].startswith(str(project)):
+                found.append(process)
+    return found
+
+
+def run_name_of(process: psutil.Process) -> str:
+    """The name of the run that a training's process works on."""
+    job = json.loads((Path(process.cmdline()[-2]) / "job.json").read_text())
+    return str(job["params"]["run_name"])
+
+
+def wait_for_no_job(project: Path, seconds: float = 30) -> None:
+    """Until all trainings have noticed that nobody waits for them, and have ended."""
+    until = time.monotonic() + seconds
+    while left := job_processes(project):
+        assert time.monotonic() < until, left
+        time.sleep(0.1)

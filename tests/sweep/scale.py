@@ -1,9 +1,10 @@
 """The acceptance run of sweeps on a cluster, and its figures in ``metrics/scale.json``: some minutes.
 
-python -m tests.sweep.scale [FOLDER]
+python -m tests.sweep.scale acceptance    twelve trials, a node lost half-way, the winner confirmed
+python -m tests.sweep.scale disturbed     a setting on three seeds; worker, driver, node and head are killed
 
-Twelve trials over learning_rate, n_epochs and frame_skip on two nodes of a Ray cluster; one node is lost half-way; the
-winner is confirmed on three fresh seeds, beside the setting without the search.
+The trials are over learning_rate, n_epochs and frame_skip, on two nodes of a Ray cluster; the winner is trained on
+three fresh seeds, beside the setting without the search.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 from tests.conftest import ROOT
 from tests.sweep import projects
-from tests.sweep.cluster import RayCluster
+from tests.sweep.cluster import RayCluster, kill_with_children
 
 RESULTS = ROOT / "metrics/scale.json"
 TRIALS, CONFIRM = 12, 3
@@ -79,6 +80,75 @@ def acceptance(folder: Path) -> dict[str, object]:
     }
 
 
+def disturbed(folder: Path, database: Path) -> dict[str, object]:
+    """A setting on three seeds, whose worker, driver, node and head are killed one after the other; its figures."""
+    project = projects.new_project(folder / "project", database)
+    (folder / "ray").mkdir()
+    lost: list[int] = []
+
+    def expect_progress(driver: projects.Driver, more: int) -> dict[str, int]:
+        """Wait until some training has come further by so many agent steps; returns how far each has come."""
+        first = projects.progress(project)
+
+        def holds() -> bool:
+            return any(steps >= first.get(name, 0) + more for name, steps in projects.progress(project).items())
+
+        driver.wait_until(holds)
+        return projects.progress(project)
+
+    def expect_resumed(driver: projects.Driver, before: dict[str, int], times: dict[str, int]) -> None:
+        """Wait until each of these goes on, and note how far behind where it was."""
+        driver.wait_until(lambda: all(len(projects.resumed(project)[name]) > times.get(name, 0) for name in before))
+        lost.extend(steps - projects.resumed(project)[name][times.get(name, 0)] for name, steps in before.items())
+
+    def times() -> dict[str, int]:
+        return {name: len(steps) for name, steps in projects.resumed(project).items()}
+
+    with RayCluster(2, folder / "ray") as cluster:
+        arguments = ("--seeds", "0:3", "--ray", cluster.address)
+        driver = projects.Driver(project, *arguments, **cluster.environment)
+        before = expect_progress(driver, 2 * STATE_STEPS)
+        known = times()
+        name = max(before, key=lambda name: before[name])
+        (worker,) = [p for p in projects.job_processes(project) if name in projects.run_name_of(p)]
+        kill_with_children(worker.pid)
+        expect_resumed(driver, {name: before[name]}, known)
+
+        driver.process.kill()
+        driver.wait()
+        projects.wait_for_no_job(project)
+        before, known = projects.progress(project), times()
+        driver = projects.Driver(project, *arguments, **cluster.environment)
+        expect_resumed(driver, before, known)
+
+        expect_progress(driver, STATE_STEPS)
+        cluster.tell("kill 0")
+        cluster.tell("add")
+        expect_progress(driver, STATE_STEPS)
+
+        cluster.tell("kill head")
+        code = driver.wait(300)
+        projects.wait_for_no_job(project)
+    before, known = projects.progress(project), times()
+    (folder / "ray2").mkdir()
+    with RayCluster(2, folder / "ray2") as cluster:
+        arguments = ("--seeds", "0:3", "--ray", cluster.address)
+        driver = projects.Driver(project, *arguments, **cluster.environment)
+        expect_resumed(driver, before, known)
+        driver.finish()
+    runs = projects.runs(project)
+    return {
+        "killed": "a worker, the driver, a node, the head",
+        "exit_code_without_head": code,
+        "trainings_asked": 3,
+        "trainings_finished": sum(status == "FINISHED" for _, status, _ in runs),
+        "doubled": projects.doubled(project),
+        "progress_lost_agent_steps": max(lost, default=0),
+        "steps_from_state_to_state": STATE_STEPS,
+        "times_resumed": sum(times().values()),
+    }
+
+
 def note(name: str, figures: dict[str, object]) -> None:
     """Add figures to ``metrics/scale.json``."""
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -87,13 +157,13 @@ def note(name: str, figures: dict[str, object]) -> None:
     RESULTS.write_text(json.dumps(known, indent=2) + "\n")
 
 
+def main(which: str) -> None:
+    with TemporaryDirectory(prefix="scale-") as name:
+        folder = Path(name)
+        figures = acceptance(folder) if which == "acceptance" else disturbed(folder, empty_database(folder))
+    print(json.dumps(figures, indent=2))
+    note(f"sweep, {which}", figures)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        place = Path(sys.argv[1])
-        place.mkdir(parents=True)
-        found = acceptance(place)
-    else:
-        with TemporaryDirectory() as name:
-            found = acceptance(Path(name))
-    print(json.dumps(found, indent=2))
-    note("sweep: 12 trials on 2 nodes, one killed", found)
+    main(sys.argv[1])
