@@ -59,7 +59,9 @@ def _gpus(text: str) -> float:
 
 
 def visible_gpus() -> list[str]:
-    """Numbers of the CUDA GPUs that this process sees."""
+    """The CUDA GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    if names := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return names.split(",")
     import torch
 
     return [str(number) for number in range(torch.cuda.device_count())]

@@ -10,7 +10,7 @@ from pipeline.interrupts import Interrupts
 from pipeline.sweep import winner
 from pipeline.sweep.job import Job
 from pipeline.sweep.progress import Progress
-from pipeline.sweep.report import draw_curves, in_words, tell_failures, write_result
+from pipeline.sweep.report import draw_curves, failures_of, in_words, tell_failures, write_result
 from pipeline.sweep.runner import Runner
 from pipeline.sweep.search import Search, chosen_by
 from pipeline.sweep.seeds import finished, jobs_of, run_all
@@ -35,12 +35,14 @@ def confirm(search: Search, runner: Runner, stop: Interrupts, run: Run) -> str:
     groups = _train(search, chosen, frozen.number, runner, stop)
     scores = {name: [float(outcome["score"]) for _, outcome in finished(jobs)] for name, jobs in groups.items()}
     figures = {name: over_seeds(values) for name, values in scores.items() if values}
-    run.metrics({"best/score": frozen.value, "best/trial": frozen.number})
+    begun = search.study.begun()  # the step: a sweep that went on with more trials tells its figures again
+    run.metrics({"best/score": frozen.value, "best/trial": frozen.number}, begun)
     for name, values in figures.items():
-        run.metrics({f"confirm/{name}_{key}": value for key, value in values.items()})
+        run.metrics({f"confirm/{name}_{key}": value for key, value in values.items()}, begun)
     if groups:
         draw_curves(search.sweep, groups, run)
-        tell_failures(search.sweep, [job for jobs in groups.values() for job in jobs], run)
+        fresh = [job for jobs in groups.values() for job in jobs]
+        tell_failures(search.sweep, failures_of(fresh), run, "failures_on_fresh_seeds")
     gain = difference(scores[BEST], scores[BASELINE]) if scores.get(BEST) and scores.get(BASELINE) else None
     lines = [f"best trial {frozen.number}: score {frozen.value:.1f} on the seeds of the search; {_listed(chosen)}"]
     lines += [f"{name} on fresh seeds: {in_words(values)}" for name, values in figures.items()]

@@ -26,6 +26,8 @@ LOCAL = "local"
 PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "OMP_WAIT_POLICY")
 """Variables that trainings elsewhere need of this process; credentials are the machines' own."""
 PROBE_SECONDS = 60.0
+STORE_BYTES = 100 * 2**20
+"""Nothing goes through Ray's object store but words; its default is a third of the memory."""
 remote: Any = ray.remote
 """Ray's own types know no options that are made at run time."""
 
@@ -149,7 +151,7 @@ def _connect(address: str) -> None:
         "runtime_env": {"env_vars": {"PYTHONPATH": str(CODE)}},
     }
     if address == LOCAL:
-        options["num_cpus"] = cores()
+        options |= {"num_cpus": cores(), "object_store_memory": STORE_BYTES}
     else:
         options["address"] = address
         del options["include_dashboard"]

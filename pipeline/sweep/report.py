@@ -75,12 +75,14 @@ def report_seeds(sweep: Sweep, jobs: Sequence[Job], run: Run, against: Path | No
     good = [(job, outcome) for job, outcome in ended if outcome["state"] == "finished"]
     rows = [_row(job, outcome) for job, outcome in ended]
     run.table(rows, "sweep/seeds.json")
-    tell_failures(sweep, jobs, run)
+    tell_failures(sweep, failures_of(jobs), run)
     if not good:
         raise ValueError("no training came to its end; see failures.txt")
     means = [float(outcome["mean_reward"]) for _, outcome in good]
     figures = over_seeds(means)
-    run.metrics({f"seeds/{key}": value for key, value in figures.items()})
+    # A step per number of seeds: those of a sweep that went on with more of them are told beside the earlier ones.
+    run.metrics({f"seeds/{key}": value for key, value in figures.items()}, step=len(jobs))
+    run.metrics({"seeds/failed": len(jobs) - len(good)}, step=len(jobs))
     draw_curves(sweep, {sweep.plan.name: [job for job, _ in good]}, run)
     seeds = {str(job.params.seed): mean for (job, _), mean in zip(good, means, strict=True)}
     write_result(sweep, {"mean_reward": figures, "by_seed": seeds, "failed": len(ended) - len(good)}, run)
@@ -128,15 +130,18 @@ def write_result(sweep: Sweep, result: Mapping[str, Any], run: Run) -> None:
     run.artifact(path, "sweep")
 
 
-def tell_failures(sweep: Sweep, jobs: Sequence[Job], run: Run) -> None:
-    """Hand the tracebacks of failed trainings to MLflow, in one text."""
-    failed = [(job, job.outcome or {}) for job in jobs]
-    texts = [f"{job.params.run_name}\n{outcome['error']}" for job, outcome in failed if "error" in outcome]
-    run.metrics({"sweep/failed": len(texts)})
-    if texts:
-        path = sweep.folder / "failures.txt"
-        durable.publish(path, "\n\n".join(texts).encode())
+def tell_failures(sweep: Sweep, failures: Mapping[str, str], run: Run, name: str = "failures") -> None:
+    """Hand tracebacks to MLflow, in one text; by whose they are."""
+    if failures:
+        path = sweep.folder / f"{name}.txt"
+        durable.publish(path, "\n\n".join(f"{whose}\n{why}" for whose, why in failures.items()).encode())
         run.artifact(path, "sweep")
+
+
+def failures_of(jobs: Sequence[Job]) -> dict[str, str]:
+    """The tracebacks of the failed ones, by their runs' names."""
+    ended = [(job, job.outcome or {}) for job in jobs]
+    return {job.params.run_name: str(outcome["error"]) for job, outcome in ended if "error" in outcome}
 
 
 def draw_curves(sweep: Sweep, groups: Mapping[str, Sequence[Job]], run: Run) -> None:
@@ -167,19 +172,14 @@ def report_search(search: Search, run: Run) -> str:
         "sweep/trials.json",
     )
     states = [row["state"] for row in rows]
-    run.metrics({f"trials/{state}": states.count(state) for state in ("complete", "pruned", "fail")})
+    run.metrics({f"trials/{state}": states.count(state) for state in ("complete", "pruned", "fail")}, len(rows))
     best = float("-inf")
     for row in rows:
         if row["state"] == "complete":
             best = max(best, row["score"])
             run.metrics({"trial/score": row["score"], "trial/best_score": best}, step=row["trial"])
-    failures = {
-        f"trial {t.number}": t.user_attrs["failure"] for t in search.study.trials() if "failure" in t.user_attrs
-    }
-    if failures:
-        path = search.sweep.folder / "failures.txt"
-        durable.publish(path, "\n\n".join(f"{name}\n{why}" for name, why in failures.items()).encode())
-        run.artifact(path, "sweep")
+    told = {f"trial {trial.number}": trial.user_attrs.get("failure") for trial in search.study.trials()}
+    tell_failures(search.sweep, {whose: why for whose, why in told.items() if why}, run)
     for path in plots.draw(search.study.optuna, search.sweep.folder / "plots"):
         run.artifact(path, "plots")
     return table(rows)

@@ -14,7 +14,7 @@ from pipeline.sweep.launch import end, how_it_ended, launch
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 5
+ATTEMPTS = 8
 """So often in a row may a training be lost without having saved anything new; then it counts as failed."""
 
 

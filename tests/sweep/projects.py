@@ -117,6 +117,12 @@ def runs(project: Path, parent: bool = False) -> list[tuple[str, str, str]]:
         return [(str(name), str(status), str(uid)) for name, status, uid in database.execute(sql)]
 
 
+def plots(project: Path) -> list[str]:
+    """Names of the pictures that the sweep's run has in MLflow."""
+    ((_, _, uid),) = runs(project, parent=True)
+    return sorted(path.stem for path in project.glob(f"mlruns/*/{uid}/artifacts/plots/*.png"))
+
+
 def doubled(project: Path) -> int:
     """Runs beyond the first of a training, and values beyond the first of a (metric, step) of theirs."""
     again = sum(count - 1 for count in Counter(name for name, _, _ in runs(project)).values())
