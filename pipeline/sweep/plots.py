@@ -35,7 +35,7 @@ def draw(study: optuna.Study, folder: Path) -> list[Path]:
     names = [name for name in NAMES if scores and (name != "importance" or len(set(scores)) > 1)]
     drawn: list[Path] = []
     for name in names:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), mpl.rc_context():  # Optuna sets a style for all that is drawn after it
             warnings.simplefilter("ignore")  # that they are experimental, and layouts that don't fit
             try:
                 axes: Any = getattr(optuna.visualization.matplotlib, NAMES[name])(study)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -124,5 +123,4 @@ class Search:
 
 def chosen_by(sweep: Sweep, frozen: FrozenTrial) -> dict[str, Any]:
     """The values of a trial."""
-    choices = {dimension.key for dimension in sweep.space if dimension.choices}
-    return {key: json.loads(value) if key in choices else value for key, value in frozen.params.items()}
+    return {d.key: d.read(frozen.params[d.key]) for d in sweep.space if d.key in frozen.params}

@@ -64,15 +64,19 @@ class Dimension:
     def suggest(self, trial: Trial) -> Any:
         """A value for a trial, as its sampler sees fit; the same one again for a trial that has one."""
         if self.choices:
-            return json.loads(trial.suggest_categorical(self.key, [as_text(choice) for choice in self.choices]))
+            return self.read(trial.suggest_categorical(self.key, [self.written(choice) for choice in self.choices]))
         if self.whole:
             low, high, step = int(self.low), int(self.high), int(self.step) or 1
             return trial.suggest_int(self.key, low, high, step=step, log=self.log)
         return trial.suggest_float(self.key, self.low, self.high, step=self.step or None, log=self.log)
 
     def written(self, value: Any) -> Any:
-        """A value as a trial holds it: choices as texts, since Optuna knows no lists, and takes 1 for true."""
-        return as_text(value) if self.choices else value
+        """A value as a trial holds it: lists as texts, which Optuna doesn't know."""
+        return as_text(value) if isinstance(value, list) else value
+
+    def read(self, written: Any) -> Any:
+        """The value that a trial holds so."""
+        return next((choice for choice in self.choices if self.written(choice) == written), written)
 
     def all_values(self) -> list[Any] | None:
         """All it may be; None where that is any number."""
