@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline.config import cores
-from pipeline.sweep.job import Job
+from pipeline.sweep.job import AGAIN, Job
 from pipeline.sweep.launch import CODE, end, how_it_ended, launch
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ LOCAL = "local"
 PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "OMP_WAIT_POLICY")
 """Variables that trainings elsewhere need of this process; credentials are the machines' own."""
 PROBE_SECONDS = 60.0
+HEAD_TRIES, HEAD_PAUSE = 5, 3.0
+"""The head counts as gone when it took no connection so many times, so many seconds apart."""
 STORE_BYTES = 100 * 2**20
 """Nothing goes through Ray's object store but words; its default is a third of the memory."""
 remote: Any = ray.remote
@@ -77,6 +80,8 @@ class OnRay:
         self._environment = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
         self._running: dict[Any, str] = {}
         _connect(address)
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        self._head = (host, int(port))
         # One attempt a task: the runner decides on the next, and knows how far the training had come.
         options = {"num_cpus": cores, "num_gpus": gpus, "max_retries": 0}
         self._supervise = remote(**options)(supervise)
@@ -116,7 +121,24 @@ class OnRay:
         return total if self._most is None else min(total, self._most)
 
     def room(self) -> int:
+        self._insist_on_head()
         return self._capacity() - len(self._running)
+
+    def _insist_on_head(self) -> None:
+        """End in an orderly way when the head has been away for a while; Ray would end this process a minute later.
+
+        Raises:
+            SystemExit: It has.
+        """
+        for _ in range(HEAD_TRIES):
+            try:
+                socket.create_connection(self._head, timeout=5).close()
+                return
+            except OSError:
+                time.sleep(HEAD_PAUSE)
+        self._running.clear()  # Ray's machines end their tasks themselves, when they notice
+        log.error("the cluster's head at %s:%d is gone; with a new one, the same command goes on", *self._head)
+        raise SystemExit(AGAIN)
 
     def start(self, job: Job) -> None:
         task = self._supervise.remote(str(job.folder), str(self._root), self._cores, self._environment)

@@ -179,7 +179,7 @@ def run_name_of(process: psutil.Process) -> str:
     return str(job["params"]["run_name"])
 
 
-def wait_for_no_job(project: Path, seconds: float = 30) -> None:
+def wait_for_no_job(project: Path, seconds: float = 180) -> None:
     """Until all trainings have noticed that nobody waits for them, and have ended."""
     until = time.monotonic() + seconds
     while left := job_processes(project):

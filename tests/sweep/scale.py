@@ -128,6 +128,7 @@ def disturbed(folder: Path, database: Path) -> dict[str, object]:
 
         cluster.tell("kill head")
         code = driver.wait(300)
+        assert "head at 127.0.0.1" in driver.said(), driver.said()[-3000:]
         projects.wait_for_no_job(project)
     before, known = projects.progress(project), times()
     (folder / "ray2").mkdir()
