@@ -29,8 +29,8 @@ OUTPUTS = (
     "plots/learning_curve.png",
 )
 """What stage ``train`` leaves."""
-LATER = ("metrics/evaluate.json", "metrics/record_videos.json", "plots/tracks.csv")
-"""What later stages left in git, of another policy."""
+LATER = ("metrics/evaluate.json", "metrics/record_videos.json")
+"""Figures that later stages left in git, of another policy."""
 
 
 def changes(sweep: Sweep, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def save_experiment(job: Job, name: str, message: str) -> None:
 
 
 def _fill(clone: Path, root: Path, job: Job) -> None:
-    """Give a clone the parameters and outputs of a training, and take away what later stages made of another one."""
+    """Give a clone the parameters and outputs of a training, and take away the figures of another one."""
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = 4096, True
     params = yaml.load(root / "params.yaml")
@@ -103,10 +103,6 @@ def _fill(clone: Path, root: Path, job: Job) -> None:
         shutil.copyfile(job.folder / "workspace" / output, clone / output)
     for later in LATER:
         (clone / later).unlink(missing_ok=True)
-    if (clone / "dvc.lock").exists():
-        lock = yaml.load(clone / "dvc.lock")
-        lock["stages"] = {name: stage for name, stage in lock["stages"].items() if name == "train"}
-        yaml.dump(lock, clone / "dvc.lock")
 
 
 def _run(words: Sequence[str], folder: Path) -> str:
