@@ -69,6 +69,9 @@ ui: setup ## MLflow's pages: runs, films, registry. PORT=5000
 tensorboard: setup ## Curves, film strips and action histograms of all runs; http://127.0.0.1:6006
 	"$(BIN)/tensorboard" --logdir runs --host 127.0.0.1
 
+sweep: setup ## Search for a better setting: configs/sweep.yaml. ARGS="--seeds 0:5", ARGS="--ray local"
+	"$(BIN)/python" -m pipeline.sweep $(or $(ARGS),--config configs/sweep.yaml)
+
 bench: setup ## Speed of every part against stock, in one run. ARGS="--peers", ARGS="--tune --apply"
 	"$(BIN)/python" -m pipeline.bench $(ARGS)
 
@@ -80,7 +83,7 @@ bench-peers: .venv-bench/.requirements-installed ## What `bench` compares with, 
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@
 
-.PHONY: bench bench-peers
+.PHONY: sweep bench bench-peers
 
 test: setup ## Tests, the slow ones excepted
 	"$(BIN)/python" -m pytest

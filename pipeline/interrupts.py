@@ -37,9 +37,14 @@ class Interrupts:
     """Turns requests to stop into ``SystemExit`` with 128 + the signal's number, in the main thread.
 
     Use as a context manager, in the main thread, around the work; the work calls :meth:`check` at safe moments.
+
+    Args:
+        starter: The process for which it is done: when that one is gone, the work is asked to stop. A stage has the
+            ``dvc`` that started it, if one did.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, starter: psutil.Process | None = None) -> None:
+        self._starter = starter
         self._number = 0
         self._insisted = self._ending = False
         self._over = threading.Event()
@@ -96,8 +101,7 @@ class Interrupts:
                 self._old[number] = signal.signal(number, self._on_signal)
         if sys.platform == "win32":
             self._watch_console()
-        if os.environ.get("DVC_STAGE"):
-            self._watch(started_by())
+        self._watch(self._starter or (started_by() if os.environ.get("DVC_STAGE") else None))
         return self
 
     def __exit__(
@@ -116,7 +120,7 @@ class Interrupts:
     def _wait_for_end(self, starter: psutil.Process) -> None:
         while not self._over.wait(PARENT_INTERVAL):
             if not is_alive(starter):
-                log.warning("dvc, which started this stage, is gone: stopping; `dvc repro` goes on from here")
+                log.warning("the process that started this one is gone: stopping; the same command goes on from here")
                 self.request(signal.SIGTERM)
                 return
 

@@ -127,7 +127,11 @@ def way_back(start: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("package", "home"),
-    [("mlflow", r"pipeline\.tracking\..*"), ("ray", r"pipeline\.(sweep|sim\.ray_env)"), ("optuna", r"pipeline\.sweep")],
+    [
+        ("mlflow", r"pipeline\.tracking\..*"),
+        ("ray", r"pipeline\.(sweep\.on_ray|sim\.ray_env)"),
+        ("optuna", r"pipeline\.sweep\.(study|search|plots|space)"),
+    ],
 )
 def test_each_large_package_has_one_home(package: str, home: str) -> None:
     users = [m for m in MODULES if any(name.partition(".")[0] == package for name in imports(m))]
@@ -168,7 +172,7 @@ def pinned(path: Path) -> dict[str, str]:
 
 def test_requirements_list_exactly_what_is_imported_or_run() -> None:
     imported = {name.partition(".")[0] for m in MODULES for name in imports(m, type_checking=True)}
-    third_party = imported - set(sys.stdlib_module_names) - {"pipeline", "ray", "optuna"}
+    third_party = imported - set(sys.stdlib_module_names) - {"pipeline", "ray"}  # Ray: requirements-cluster.txt
     owners = {name: {canonicalize_name(d) for d in packages_distributions()[name]} for name in third_party}
     listed = set(pinned(ROOT / "requirements.txt"))
     of_a_listed_extra = {"pygame": "pygame-ce", "Box2D": "box2d"}  # gymnasium[box2d]

@@ -65,6 +65,21 @@ class EveryRollout(BaseCallback):
             self.action()
 
 
+class EndEarly(BaseCallback):
+    """End the training as if it were done, at the end of the rollout before which ``is_asked()`` first held."""
+
+    def __init__(self, is_asked: Callable[[], bool]) -> None:
+        super().__init__()
+        self.is_asked, self._asked = is_asked, False
+
+    def _on_rollout_start(self) -> None:
+        self._asked = self._asked or self.is_asked()
+
+    def _on_step(self) -> bool:
+        # Not in the middle of a rollout: environments are being stepped then, whose state could not be saved.
+        return not (self._asked and self.n_calls % self.model.n_steps == 0)  # type: ignore[attr-defined]
+
+
 class EpisodeStatistics(BaseCallback):
     """Log what explains the return: the shaped return, finished laps, lap time, tiles, and how the pedals are used."""
 

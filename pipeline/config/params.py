@@ -232,9 +232,9 @@ def _plain(value: Any) -> str:
     return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
-def all_fields() -> dict[str, FieldInfo]:
+def all_fields(stages: tuple[type[Params], ...] = STAGES) -> dict[str, FieldInfo]:
     """Every known key, in the order of the classes."""
-    return {name: field for stage in STAGES for name, field in stage.model_fields.items()}
+    return {name: field for stage in stages for name, field in stage.model_fields.items()}
 
 
 def track_bounds(tracks: str) -> tuple[int, int]:

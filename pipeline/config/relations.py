@@ -18,7 +18,10 @@ def relation(rule: Callable[..., str | None]) -> Callable[..., str | None]:
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Cores this process may use; ``PYTHON_CPU_COUNT``, Python 3.13's word for it, gives it a share of the machine."""
+    share = os.environ.get("PYTHON_CPU_COUNT", "")
+    if share.isdecimal() and int(share):
+        return int(share)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

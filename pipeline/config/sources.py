@@ -7,7 +7,7 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
-from pipeline.config.params import Params, all_fields
+from pipeline.config.params import STAGES, Params, all_fields
 from pipeline.config.relations import RELATIONS
 from pipeline.config.words import describe
 
@@ -124,37 +124,56 @@ def _read_flag(text: str) -> Any:
 
 
 @functools.cache
-def _adapter(key: str) -> TypeAdapter[Any]:
-    field = all_fields()[key]
+def _adapter(key: str, stages: tuple[type[Params], ...]) -> TypeAdapter[Any]:
+    field = all_fields(stages)[key]
     annotation: Any = Annotated[field.annotation, field]
     return TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def check(values: dict[str, Value], mistakes: list[str]) -> dict[str, Any]:
     """Check every key by itself, then the relations; returns the valid ones."""
-    fields = all_fields()
+    valid = check_each(values, mistakes)
+    mistakes += [
+        f"{key}: missing in {PARAMS_FILE}; expected {describe(field)}"
+        for key, field in all_fields().items()
+        if key not in values
+    ]
+    for (key, *_), problem in broken_relations(valid):
+        mistakes.append(f"{key} = {shown_value(valid[key])} ({values[key].origin}): {problem}")
+    return valid
+
+
+def check_each(
+    values: Mapping[str, Value], mistakes: list[str], stages: tuple[type[Params], ...] = STAGES
+) -> dict[str, Any]:
+    """Check every key by itself, as a field of one of these classes; returns the valid ones."""
+    fields = all_fields(stages)
     valid: dict[str, Any] = {}
     for key, given in values.items():
         if key not in fields:
             mistakes.append(f"{key} ({given.origin}): unknown key{_suggestion(key, fields)}")
             continue
         try:
-            valid[key] = _adapter(key).validate_python(given.value)
+            valid[key] = _adapter(key, stages).validate_python(given.value)
         except ValidationError:
             hint = _hint(given.value, fields[key])
             mistakes.append(
                 f"{key} = {shown_value(given.value)} ({given.origin}): expected {describe(fields[key])}{hint}"
             )
-    mistakes += [
-        f"{key}: missing in {PARAMS_FILE}; expected {describe(field)}"
-        for key, field in fields.items()
-        if key not in values
-    ]
-    for rule in RELATIONS:
-        keys = list(inspect.signature(rule).parameters)
-        if all(key in valid for key in keys) and (problem := rule(*(valid[key] for key in keys))):
-            mistakes.append(f"{keys[0]} = {shown_value(valid[keys[0]])} ({values[keys[0]].origin}): {problem}")
     return valid
+
+
+def broken_relations(values: Mapping[str, Any]) -> Iterator[tuple[list[str], str]]:
+    """The keys of each rule that these values break, the one to change first, and what is wrong."""
+    for keys, rule in rules():
+        if all(key in values for key in keys) and (problem := rule(*(values[key] for key in keys))):
+            yield keys, problem
+
+
+def rules() -> Iterator[tuple[list[str], Callable[..., str | None]]]:
+    """Every rule between keys, with the keys that it takes."""
+    for rule in RELATIONS:
+        yield list(inspect.signature(rule).parameters), rule
 
 
 def _hint(value: object, field: FieldInfo) -> str:

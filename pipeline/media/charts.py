@@ -88,6 +88,36 @@ def learning_curves(
     return _finish(figure, path)
 
 
+def curves_over_seeds(
+    groups: Mapping[str, Sequence[Sequence[tuple[float, float]]]], path: str | Path | None = None, *, y: str
+) -> Figure:
+    """Learning curves of settings on several seeds: each seed thin, their median thick, their range as a band.
+
+    Args:
+        groups: By the setting's name, per seed its points (frames, value); at most six settings.
+        path: PNG to write.
+        y: What the values are.
+    """
+    figure, axes = _figure("Learning curves over seeds: median and range", "environment frames", y)
+    for (name, seeds), color in zip(groups.items(), RUNS, strict=False):
+        curves = [np.asarray(points, float).reshape(-1, 2) for points in seeds if len(points)]
+        for curve in curves:
+            axes.plot(*curve.T, color=color, linewidth=0.7, alpha=0.6)
+        frames = np.unique(np.concatenate([curve[:, 0] for curve in curves])) if curves else np.zeros(0)
+        first, last = (max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves)) if curves else (0.0, 0.0)
+        frames = frames[(first <= frames) & (frames <= last)]  # where all of them are
+        values = np.array([np.interp(frames, *curve.T) for curve in curves]).reshape(-1, len(frames))  # (seeds, n)
+        if values.size:
+            label = f"{name}, {len(curves)} {'seed' if len(curves) == 1 else 'seeds'}"
+            _line(axes, frames, np.median(values, axis=0), label, color=color, marker="o", markersize=4)
+            _band(axes, frames, values.min(axis=0), values.max(axis=0), color)
+    _levels(axes, [(SOLVED, "900", FAINT)])
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _legend(axes, loc="lower right")
+    return _finish(figure, path)
+
+
 def sorted_returns(returns: Mapping[str, Sequence[float]], path: str | Path | None = None) -> Figure:
     """Returns of several runs, each sorted, over the share of tracks: the curve that lies higher is the better driver.
 

@@ -130,11 +130,17 @@ def unsent(path: Path) -> tuple[list[dict[str, Any]], int]:
     return entries, offset
 
 
+def read_all(path: Path, containing: bytes = b"", newest: bool = False) -> list[dict[str, Any]]:
+    """What a spool holds, sent or not, of the lines that contain these bytes; optionally only the newest of them."""
+    whole, _, _ = path.read_bytes().rpartition(b"\n")  # without half a line at the end
+    lines = [line for line in whole.splitlines() if containing in line]
+    return [_parse(path, line) for line in (lines[-1:] if newest else lines)]
+
+
 def _metrics_in(path: Path) -> set[tuple[str, int]]:
     if not path.exists():
         return set()
-    entries = [_parse(path, line) for line in path.read_bytes().splitlines()]
-    return {(key, entry["step"]) for entry in entries for key in entry.get("metrics", ())}
+    return {(key, entry["step"]) for entry in read_all(path) for key in entry.get("metrics", ())}
 
 
 def _parse(path: Path, line: bytes) -> dict[str, Any]:

@@ -26,7 +26,7 @@ CLASSES: dict[str, type[config.Params]] = {
     "record_videos": RecordParams,
     "promote": PromoteParams,
 }
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if "\nspace:" not in path.read_text())
 
 
 def train_params(*argv: str) -> TrainParams:
