@@ -145,6 +145,7 @@ class OnRay:
         self._running[task] = job.key
 
     def ended(self) -> list[tuple[str, str]]:
+        self._insist_on_head()
         if not self._running:
             return []
         tasks = list(self._running)

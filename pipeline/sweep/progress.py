@@ -63,7 +63,8 @@ class Progress:
 
     def _now(self) -> float:
         """Trainings so far, those under way by their share of steps."""
-        return self._done() + sum(job.steps() / job.params.total_timesteps for job in self._runner.unfinished)
+        under_way = [job for job in self._runner.unfinished if not job.outcome]  # the others are among the done
+        return self._done() + sum(min(job.steps() / job.params.total_timesteps, 1) for job in under_way)
 
     def _line(self, now: float) -> str:
         running = len(self._runner.unfinished)
