@@ -69,7 +69,7 @@ def report_seeds(sweep: Sweep, jobs: Sequence[Job], run: Run, against: Path | No
     Raises:
         ValueError: No training came to its end.
     """
-    from pipeline.sweep.statistics import difference, over_seeds
+    from pipeline.sweep.seed_statistics import difference, over_seeds
 
     ended = [(job, job.outcome or {}) for job in jobs]
     good = [(job, outcome) for job, outcome in ended if outcome["state"] == "finished"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.sweep.statistics import difference, over_seeds
+from pipeline.sweep.seed_statistics import difference, over_seeds
 
 
 def test_figures_over_five_seeds() -> None:
