@@ -13,8 +13,8 @@ from pipeline.sweep.progress import Progress
 from pipeline.sweep.report import draw_curves, failures_of, in_words, tell_failures, write_result
 from pipeline.sweep.runner import Runner
 from pipeline.sweep.search import Search, chosen_by
-from pipeline.sweep.seeds import finished, jobs_of, run_all
 from pipeline.sweep.seed_statistics import Difference, difference, over_seeds
+from pipeline.sweep.seeds import finished, jobs_of, run_all
 from pipeline.tracking.run import Run
 
 log = logging.getLogger(__name__)
