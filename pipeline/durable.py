@@ -13,13 +13,13 @@ NO_ROOM = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.E
 def publish(path: Path, data: bytes) -> None:
     """Write a file: temporary file, fsync, rename, fsync of the folder.
 
-    A reader sees the old file or the new one. What an earlier attempt left behind is written over.
+    A reader sees the old file or the new one, and the last of several writers wins.
 
     Raises:
         OSError: It can't be written; the old file is as it was, and no temporary file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may publish the same file at once
     try:
         with temporary.open("wb") as file:
             write_all(file.fileno(), data)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import psutil
 import pytest
 
 from pipeline.sim import ray_env
@@ -220,23 +221,25 @@ def test_a_killed_node_changes_nothing(nodes: Any, cluster: ray_env.Cluster) -> 
     doomed = nodes.add_node(num_cpus=2)
     venv = on(cluster, 3, [*racing()])
     results = [plainly(venv.reset()), *drive(venv, range(9))]
-    assert doomed.node_id in actor_nodes(venv)
+    there = [psutil.Process(pid) for node, pid in actor_places(venv) if node == doomed.node_id]
+    assert there
     nodes.remove_node(doomed, allow_graceful=False)
+    psutil.wait_procs(there, timeout=60)  # a worker outlives its node by a moment
     results += drive(venv, range(9, 20))
     assert results == expected
-    assert doomed.node_id not in actor_nodes(venv)
+    assert doomed.node_id not in {node for node, _ in actor_places(venv)}
     venv.close()
 
 
-def actor_nodes(venv: SharedMemoryVecEnv) -> set[str]:
-    """Nodes of the actors."""
+def actor_places(venv: SharedMemoryVecEnv) -> list[tuple[str, int]]:
+    """Node and process of each actor."""
     import ray
 
-    def node(_: Any) -> str:
-        return str(ray.get_runtime_context().get_node_id())
+    def place(_: Any) -> tuple[str, int]:
+        return str(ray.get_runtime_context().get_node_id()), os.getpid()
 
     actors = [worker._actor for worker in venv._supervisor.workers if isinstance(worker, ray_env.ActorWorker)]
-    return {ray.get(actor.__ray_call__.remote(node)) for actor in actors}
+    return [ray.get(actor.__ray_call__.remote(place)) for actor in actors]
 
 
 @pytest.mark.slow
