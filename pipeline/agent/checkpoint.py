@@ -159,8 +159,6 @@ def publish(folder: Path, state: State, best: int | None = None) -> Path:
     for old in states(folder)[KEPT:]:
         if old != spared:
             old.unlink()
-    for torn in folder.glob("state_*.tmp"):  # of a process killed while writing
-        torn.unlink()
     return path
 
 

@@ -42,6 +42,8 @@ def one_writer(folder: Path) -> Iterator[None]:
     try:
         with FileLock(folder / "lock", timeout=ENDING_SECONDS):
             holder.write_text(f"process {os.getpid()} on {platform.node()}\n")
+            for torn in folder.rglob("*.tmp"):  # of a process killed while it published
+                torn.unlink()
             yield
     except Timeout:
         who = holder.read_text().strip() if holder.exists() else "another process"

@@ -112,12 +112,6 @@ def test_keeps_the_state_of_the_best_policy_too(state: checkpoint.State, tmp_pat
     assert [steps_of(checkpoint.read(path)) for path in checkpoint.states(tmp_path)] == [7000000, 600000, 50000]
 
 
-def test_what_a_killed_writer_left_is_cleared_away(state: checkpoint.State, tmp_path: Path) -> None:
-    (tmp_path / "state_000000000005.safetensors.tmp").write_bytes(b"half")
-    checkpoint.publish(tmp_path, at(state, 20))
-    assert [path.name for path in tmp_path.iterdir()] == ["state_000000000020.safetensors"]
-
-
 @pytest.mark.parametrize("length", [0, 1, 8, 100, 1000, 3000, 4200])
 def test_truncated_newest_falls_back(state: checkpoint.State, tmp_path: Path, length: int) -> None:
     checkpoint.publish(tmp_path, at(state, 1))
