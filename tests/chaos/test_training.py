@@ -267,7 +267,8 @@ def test_soak(project: Path, database: Path, row: Callable[..., Any]) -> None:
         figures |= {"MiB/h": round(growth * 3600, 2), "MiB": round(settled[-1][1] / 2**20, 1)}
         figures |= {"run folder MiB/h": round(slope(settled, 3) * 3600 / 2**20, 1)}
         assert max(s[2] for s in settled) - min(s[2] for s in settled) <= 5, "open files grow"
-        assert growth * 3600 < 1 if FULL else grown < 4, "memory grows"  # minutes are too short for a rate
+        # Minutes are too short for a rate: memory of 0.9 GiB in all goes up and down by 20 MiB.
+        assert growth * 3600 < 1 if FULL else grown < 32, "memory grows"
 
 
 def measure(victim: Victim) -> tuple[float, float, int, float]:
