@@ -43,8 +43,8 @@ def drive_champion(track: int) -> None:
     def on_decision(observation: NDArray[np.uint8]) -> None:
         camera.on_decision(observation)
         values.append(camera.value)
-        action = policy.predict(observation[None])[0]
-        mind[:] = [Mind(policy.density(observation, POINTS), action, tuple(values))]
+        mean = policy.predict_axes(observation[None])[0]
+        mind[:] = [Mind(policy.density(observation, POINTS), mean, tuple(values))]
 
     def write(picture: NDArray[np.uint8]) -> None:
         if len(camera.drive) == SHOWN_AT:

@@ -27,7 +27,7 @@ FOLDER = "evaluations"
 PACKAGE = Path(__file__).parent
 DRIVING_CODE = ("agent/network.py", "agent/policy.py", "config/params.py", "evaluation.py", "sim/*.py")
 """Code that decides what a policy file does on a track."""
-PACKAGES = ("gymnasium", "box2d", "torch", "numpy", "stable-baselines3")
+PACKAGES = ("gymnasium", "box2d", "torch", "numpy", "scipy", "stable-baselines3")
 KEPT_EVERY = 10.0
 """Seconds between two writings of what was driven: at most so much is lost with a killed command."""
 

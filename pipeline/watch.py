@@ -153,8 +153,8 @@ class Watcher:
             self.desk.wait_while_paused(self._write_console())
         self.camera.on_decision(observation)
         self.values.append(self.camera.value)
-        action = self.policy.predict(observation[None])[0]
-        self.mind = Mind(self.policy.density(observation, POINTS), action, self.values)
+        mean = self.policy.predict_axes(observation[None])[0]
+        self.mind = Mind(self.policy.density(observation, POINTS), mean, self.values)
 
     def _write(self, picture: NDArray[np.uint8]) -> None:
         self._picture = picture

@@ -107,10 +107,9 @@ def drive_by_hand(policy: Path, track: int) -> tuple[Episode, int]:
     seen = [small_gray(picture)] * 3
     total, frames, decisions, over = 0.0, 0, 0, False
     while not over:
-        steer, throttle = driver.predict(np.stack(seen[-3:])[None])[0]
+        action = driver.predict(np.stack(seen[-3:])[None])[0]
         decisions += 1
         for _ in range(5):
-            action = np.array([steer, max(throttle, 0), max(-throttle, 0)], np.float32)
             picture, reward, terminated, truncated, info = env.step(action)
             total, frames, over = total + float(reward), frames + 1, terminated or truncated
             if over:

@@ -25,7 +25,6 @@ from pipeline.agent.policy import load
 from pipeline.config import PromoteParams
 from pipeline.evaluation import Episode
 from pipeline.promote import promote
-from pipeline.sim.env import to_pedals
 from pipeline.statistics import paired_test
 from pipeline.tracking.registry import Registry, sha256
 from pipeline.tracking.run import Run
@@ -256,7 +255,7 @@ def served(project: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, NDArra
     registry.point("champion", registry.register(path, (2, 36, 36), None, {}))
     observations = np.random.default_rng(0).integers(0, 256, (5, 2, 36, 36), np.uint8)
     monkeypatch.delenv("PYTHONPATH")  # the model brings its own code
-    return project, observations, to_pedals(load(path).predict(observations))
+    return project, observations, load(path).predict(observations)
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from pipeline import record_videos
 from pipeline.agent.policy import Policy, load
 from pipeline.config import RecordParams, track_list
 from pipeline.evaluation import Episode, drive, write_table
-from pipeline.sim.env import to_pedals
 from pipeline.tracking.run import read_run_id
 from pipeline.tracking.store import connect
 from tests.policies import write_policy
@@ -64,8 +63,7 @@ def test_the_camera_sees_the_stock_drive(evaluated: tuple[Policy, Episode]) -> N
     drive_log = np.array(camera.drive)
     stock = gym.make("CarRacing-v3")
     stock.reset(seed=TRACK)
-    actions = to_pedals(np.stack([drive_log[:, 3], drive_log[:, 4] - drive_log[:, 5]], axis=1).astype(np.float32))
-    for frame, action in enumerate(actions[:120]):
+    for frame, action in enumerate(drive_log[:120, 3:6].astype(np.float32)):
         stock.step(action)
         assert tuple(stock.unwrapped.car.hull.position) == tuple(drive_log[frame, :2])
     assert len(drive_log) == episode.frames

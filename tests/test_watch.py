@@ -68,13 +68,13 @@ def distinct(pictures: list[np.ndarray]) -> int:
 # What is in its head
 
 
-def test_a_density_has_area_one_and_the_mean_that_is_driven(random_policy: Policy) -> None:
+def test_a_density_has_area_one_and_the_mean_that_is_shown(random_policy: Policy) -> None:
     observation = np.random.default_rng(0).integers(0, 256, (2, 36, 36), np.uint8)
     density = random_policy.density(observation, 2001)
     places = np.linspace(-1, 1, 2001)
     np.testing.assert_allclose(np.trapezoid(density, places, axis=0), 1, atol=1e-3)
     means = np.trapezoid(density * places[:, None], places, axis=0)
-    np.testing.assert_allclose(means, random_policy.predict(observation[None])[0], atol=1e-3)
+    np.testing.assert_allclose(means, random_policy.predict_axes(observation[None])[0], atol=1e-3)
 
 
 def test_a_gaussian_density_is_the_bell_curve(tmp_path: Path) -> None:

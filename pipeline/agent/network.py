@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch as th
 from gymnasium import spaces
+from scipy.special import betaincc
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
@@ -134,6 +135,16 @@ class BetaDistribution(Distribution):
     def mode(self) -> th.Tensor:
         """The deterministic action: the mean, which drives smoother than the mode (both agree as alpha, beta grow)."""
         return self.beta.mean * 2 - 1
+
+    def mean_above_zero(self) -> th.Tensor:
+        """(n, action_dim) mean of max(action, 0).
+
+        Of X ~ Beta(alpha, beta) in [0, 1], stretched, it is 2 E[X] P(Y > 1/2) - P(X > 1/2) with Y ~ Beta(alpha + 1,
+        beta), since x times the density of X is E[X] times that of Y.
+        """
+        alpha, beta = (each.double().cpu().numpy() for each in (self.beta.concentration1, self.beta.concentration0))
+        above = 2 * alpha / (alpha + beta) * betaincc(alpha + 1, beta, 0.5) - betaincc(alpha, beta, 0.5)
+        return th.from_numpy(above).clamp(0, 1).float()
 
     def actions_from_params(self, raw: th.Tensor, deterministic: bool = False) -> th.Tensor:
         """Actions straight from the layer's output."""

@@ -25,6 +25,7 @@ from safetensors.torch import save as dump
 from pipeline import durable
 from pipeline.agent.network import LOG_2, BetaDistribution, DrivingNetwork, network_kwargs
 from pipeline.config import NetworkParams, ObservationParams, TrainParams
+from pipeline.sim.env import to_pedals
 
 HEADER_KEY = "carracing-policy"
 FORMAT_VERSION = 1
@@ -67,11 +68,30 @@ class Policy:
         self.module.set_training_mode(False)
 
     def predict(self, observations: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Deterministic actions: (n, c, h, w) uint8 -> (n, 2) or (n, 3) float32 on the policy's own axes."""
+        """Deterministic actions: (n, c, h, w) uint8 -> (n, 3) float32 steer [-1, 1], gas [0, 1], brake [0, 1].
+
+        The mean of what the training's noise puts on the controls. On a throttle axis each pedal has its own mean: a
+        policy that is unsure between gas and brake presses both a little, as it did on average while it learned. The
+        pedal of its mean throttle would be the brake alone, on which a car that stands never moves again.
+        """
         with th.inference_mode():
-            actions = self.module.get_distribution(th.from_numpy(observations)).mode()
-        low, high = self.module.action_space.low, self.module.action_space.high  # type: ignore[attr-defined]
-        clipped: NDArray[np.float32] = np.clip(actions.numpy(), low, high)
+            head = self.module.get_distribution(th.from_numpy(observations))
+            axes = self._clipped(head.mode())
+            if axes.shape[1] == 3:
+                return axes
+            if not isinstance(head, BetaDistribution):
+                return to_pedals(axes)
+            gas = head.mean_above_zero().numpy()[:, 1]
+        return np.stack([axes[:, 0], gas, np.clip(gas - axes[:, 1], 0, 1)], axis=1)
+
+    def predict_axes(self, observations: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The mean action on the policy's own axes: (n, c, h, w) uint8 -> (n, n_axes) float32."""
+        with th.inference_mode():
+            return self._clipped(self.module.get_distribution(th.from_numpy(observations)).mode())
+
+    def _clipped(self, actions: th.Tensor) -> NDArray[np.float32]:
+        space: Any = self.module.action_space
+        clipped: NDArray[np.float32] = np.clip(actions.numpy(), space.low, space.high)
         return clipped
 
     def density(self, observation: NDArray[np.uint8], points: int) -> NDArray[np.float32]:

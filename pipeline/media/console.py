@@ -49,7 +49,7 @@ class Mind:
 
     Attributes:
         density: Probability density along each action axis, (points, n_axes).
-        action: What it does, (n_axes,).
+        action: Its mean on the same axes, (n_axes,).
         values: Value estimates of the latest decisions, the newest last.
     """
 

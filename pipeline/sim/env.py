@@ -144,10 +144,10 @@ STOCK, FAST = "LazyCarRacing-v3", "FastCarRacing-v3"
 def make_env(
     observation: ObservationParams, game: str = STOCK, render_mode: str | None = None, on_frame: OnFrame | None = None
 ) -> gym.Env[Any, Any]:
-    """The game as a policy plays it: raw reward, stock rules, and by default stock pictures."""
+    """The game as a policy plays it: raw reward, stock rules and actions, and by default stock pictures."""
     env: gym.Env[Any, Any] = gym.make(game, render_mode=render_mode, disable_env_checker=True)
     env = FrameSkip(FrameHook(env, on_frame) if on_frame else env, observation.frame_skip)
-    return observed(driven(env, observation), observation)
+    return observed(env, observation)
 
 
 def driven(env: gym.Env[Any, Any], observation: ObservationParams) -> gym.Env[Any, Any]:

@@ -96,7 +96,7 @@ def connected(address: str, n_actors: int | None, n_envs: int) -> Iterator[Clust
         ClusterError: Ray is not installed, the cluster does not answer, or it has fewer CPUs than ``n_actors``.
     """
     if address == LOCAL:
-        _protect()
+        close_to_others()
     ray = _ray()
     if address.startswith("ray://"):
         raise ClusterError(
@@ -111,10 +111,13 @@ def connected(address: str, n_actors: int | None, n_envs: int) -> Iterator[Clust
         ray.shutdown()
 
 
-def _protect() -> None:
-    """What Ray has to find in the environment to start a cluster here; before it is imported."""
+def close_to_others() -> None:
+    """Before Ray is imported to be started here: the loopback address alone, and a token of this process's own."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's name for what may leave the machine
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would put the actors behind all else on this machine
+    os.environ.setdefault(
+        "RAY_worker_niceness", "0"
+    )  # Ray's 15 would put its processes behind all else here
     if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import logging
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from pipeline import durable
 from pipeline.config import ConfigError, Parser, TrainParams, cores, fail, integer, project_root
 from pipeline.config.cli import add_flags
 from pipeline.interrupts import Interrupts
+from pipeline.sim.ray_env import close_to_others
 from pipeline.sweep.definition import Sweep, read_sweep
 from pipeline.sweep.runner import Executor, Local, Runner, gpu_shares
 
@@ -89,20 +89,11 @@ def build_executor(arguments: argparse.Namespace, params: TrainParams) -> Execut
         )
     if arguments.ray:
         if arguments.ray == "local":
-            protect_ray()
+            close_to_others()
         from pipeline.sweep.on_ray import OnRay
 
         return OnRay(arguments.ray, project_root(), each, arguments.gpus or 0.0, arguments.jobs)
     return Local(project_root(), n_jobs, each, gpus)
-
-
-def protect_ray() -> None:
-    """Before Ray is imported to be started here: the loopback address alone, and a token of this process's own."""
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's name for what may leave the machine
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would put trainings behind all else on this machine
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def start_log(folder: Path) -> None:

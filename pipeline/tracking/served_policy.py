@@ -14,7 +14,6 @@ from mlflow.pyfunc.model import PythonModel
 from numpy.typing import NDArray
 
 from pipeline.agent.policy import load
-from pipeline.sim.env import to_pedals
 
 
 class ServedPolicy(PythonModel):
@@ -27,8 +26,7 @@ class ServedPolicy(PythonModel):
     # MLflow knows the bare type alone; of any other it warns that it can't check it.
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> NDArray[np.float32]:
         """(n, c, h, w) uint8 observations -> (n, 3) float32 steer [-1, 1], gas [0, 1], brake [0, 1]."""
-        actions = self.policy.predict(np.array(model_input, np.uint8))  # a copy: torch wants to own what it may write
-        return to_pedals(actions) if actions.shape[1] == 2 else actions
+        return self.policy.predict(np.array(model_input, np.uint8))  # a copy: torch wants to own what it may write
 
 
 set_model(ServedPolicy())

@@ -27,6 +27,7 @@ from pipeline.agent.build import build_model
 from pipeline.agent.policy import Policy, PolicyError, build_network, load, save
 from pipeline.config import NetworkParams, ObservationParams, TrainParams
 from pipeline.config import load as load_params
+from pipeline.sim.env import to_pedals
 from pipeline.sim.training_env import make_training_env
 from pipeline.sim.vec_env import SharedMemoryVecEnv
 
@@ -62,8 +63,29 @@ def test_what_is_loaded_acts_as_what_was_saved(head: str, tmp_path: Path) -> Non
         actions, values, _ = module(th.from_numpy(pictures()), deterministic=True)
     save(tmp_path / "a.safetensors", module, OBSERVATION, network, 1)
     loaded = load(tmp_path / "a.safetensors")
-    np.testing.assert_array_equal(loaded.predict(pictures()), np.clip(actions.numpy(), -1, 1))
+    np.testing.assert_array_equal(loaded.predict_axes(pictures()), np.clip(actions.numpy(), -1, 1))
     np.testing.assert_array_equal(loaded.value(pictures()), values[:, 0])
+
+
+def test_a_throttle_axis_presses_the_mean_of_each_pedal(tmp_path: Path) -> None:
+    module = build_network(OBSERVATION, NETWORK)
+    with th.no_grad():
+        for weights in module.parameters():
+            weights.add_(th.randn_like(weights) * 0.1)
+    save(tmp_path / "a.safetensors", module, OBSERVATION, NETWORK, 1)
+    with th.no_grad():
+        head = module.get_distribution(th.from_numpy(pictures()))
+        sampled = to_pedals(np.stack([head.sample().numpy() for _ in range(20_000)]))  # what a training would press
+    got = load(tmp_path / "a.safetensors").predict(pictures())
+    assert (got[:, 1:] > 0.02).all(), "unsure between gas and brake"
+    np.testing.assert_allclose(got, sampled.mean(axis=0), atol=0.02)
+
+
+def test_a_gaussian_throttle_presses_the_pedal_of_its_mean(tmp_path: Path) -> None:
+    network = NETWORK.model_copy(update={"action_head": "gaussian"})
+    save(tmp_path / "a.safetensors", build_network(OBSERVATION, network), OBSERVATION, network, 1)
+    loaded = load(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(loaded.predict(pictures()), to_pedals(loaded.predict_axes(pictures())))
 
 
 def train_params(warm_start: Path, **changes: object) -> TrainParams:

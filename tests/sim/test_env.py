@@ -110,16 +110,14 @@ def test_steer_and_throttle_never_press_both_pedals() -> None:
     np.testing.assert_array_equal(to_pedals(axes), np.array(expected, np.float32))
 
 
-@pytest.mark.parametrize("axes", ["steer_throttle", "steer_gas_brake"])
-def test_make_env_is_the_stock_game_step_for_step(axes: str) -> None:
-    observation = OBSERVATION.model_copy(update={"action_axes": axes})
-    env, theirs = make_env(observation), stock()
+def test_make_env_is_the_stock_game_step_for_step() -> None:
+    env, theirs = make_env(OBSERVATION), stock()
     pictures = [preprocess(theirs.reset(seed=11)[0], True, 64)] * 3
     np.testing.assert_array_equal(env.reset(seed=11)[0], np.concatenate(pictures))
     for action in steering(12):
         picture, reward, terminated, truncated, _ = held(theirs, to_pedals(action), 4)
         pictures.append(preprocess(picture, True, 64))
-        got = env.step(action if axes == "steer_throttle" else to_pedals(action))
+        got = env.step(to_pedals(action))
         np.testing.assert_array_equal(got[0], np.concatenate(pictures[-3:]))
         assert got[1:4] == (pytest.approx(reward, abs=1e-9), terminated, truncated)
 

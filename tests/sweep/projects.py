@@ -60,15 +60,15 @@ def new_project(folder: Path, database: Path, **changes: object) -> Path:
 
 
 class Driver:
-    """``python -m pipeline.sweep`` in a project."""
+    """``python -m pipeline.sweep``, or another module, in a project."""
 
-    def __init__(self, project: Path, *arguments: str, **environment: str) -> None:
+    def __init__(self, project: Path, *arguments: str, module: str = "pipeline.sweep", **environment: str) -> None:
         self.project = project
         mine = {key: value for key, value in os.environ.items() if key not in MLFLOW_AND_DVC}
         places = {"DVC_ROOT": str(project), "PYTHONPATH": str(ROOT)}
         with (project / "driver.txt").open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.sweep", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 cwd=project, env={**mine, **places, **environment}, stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
 

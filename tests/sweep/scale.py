@@ -2,6 +2,7 @@
 
 python -m tests.sweep.scale acceptance    twelve trials, a node lost half-way, the winner confirmed
 python -m tests.sweep.scale disturbed     a setting on three seeds; worker, driver, node and head are killed
+python -m tests.sweep.scale overhead      what a training takes longer in a sweep than alone; nothing else may run
 
 The trials are over learning_rate, n_epochs and frame_skip, on two nodes of a Ray cluster; the winner is trained on
 three fresh seeds, beside the setting without the search.
@@ -17,7 +18,10 @@ import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import mean
 from tempfile import mkdtemp
+
+from ruamel.yaml import YAML
 
 from tests.conftest import ROOT
 from tests.sweep import projects
@@ -150,6 +154,41 @@ def disturbed(folder: Path, database: Path) -> dict[str, object]:
     }
 
 
+MINUTE: dict[str, object] = {
+    **{key: (YAML().load(ROOT / "params.yaml"))[key] for key in projects.TINY},
+    "total_timesteps": 32_768,
+    "n_eval_episodes": 2,
+    "num_threads": 1,
+    "n_workers": 1,
+}
+"""The default recipe for a minute on one core."""
+
+
+def overhead(folder: Path, database: Path) -> dict[str, object]:
+    """A minute's training alone, and as the second and third trial of a sweep here and on Ray; [s] of wall clock."""
+
+    def seconds(name: str, module: str, *arguments: str) -> float:
+        project = projects.new_project(folder / name, database, **MINUTE)
+        began = time.monotonic()
+        projects.Driver(project, *arguments, module=module).finish()
+        print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+        return time.monotonic() - began
+
+    alone = [seconds(f"alone-{seed}", "pipeline.train", "--seed", str(seed)) for seed in range(3)]
+    figures: dict[str, object] = {"alone_s": round(mean(alone), 1)}
+    for where, arguments in (("here", ()), ("ray", ("--ray", "local", "--jobs", "1"))):
+        first, all_three = (
+            seconds(f"{where}-{trials}", "pipeline.sweep", "--seeds", f"0:{trials}", *arguments) for trials in (1, 3)
+        )
+        trial = (all_three - first) / 2
+        figures |= {
+            f"trial_{where}_s": round(trial, 1),
+            f"start_and_end_{where}_s": round(first - trial, 1),
+            f"overhead_{where}_percent": round(100 * (trial / mean(alone[1:]) - 1), 1),
+        }
+    return figures
+
+
 def note(name: str, figures: dict[str, object]) -> None:
     """Add figures to ``metrics/scale.json``."""
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -160,7 +199,10 @@ def note(name: str, figures: dict[str, object]) -> None:
 
 def main(which: str) -> None:
     folder = Path(mkdtemp(prefix="scale-"))  # kept, to look into
-    figures = acceptance(folder) if which == "acceptance" else disturbed(folder, empty_database(folder))
+    if which == "acceptance":
+        figures = acceptance(folder)
+    else:
+        figures = {"disturbed": disturbed, "overhead": overhead}[which](folder, empty_database(folder))
     print(json.dumps(figures, indent=2))
     note(f"sweep, {which}", figures)
 
