@@ -115,9 +115,7 @@ def close_to_others() -> None:
     """Before Ray is imported to be started here: the loopback address alone, and a token of this process's own."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's name for what may leave the machine
-    os.environ.setdefault(
-        "RAY_worker_niceness", "0"
-    )  # Ray's 15 would put its processes behind all else here
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would put its processes behind all else here
     if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 

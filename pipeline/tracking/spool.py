@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,16 +42,28 @@ class Spool:
         self._file = path.open("ab", buffering=0)
         self._lock = threading.Lock()
 
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Append one batch of metrics, each (metric, step) once: the first value stands."""
-        new = {key: value for key, value in values.items() if (key, step) not in self._known}
+    def metrics(self, values: Mapping[str, float], step: int, rising: bool = False) -> None:
+        """Append one batch of metrics, each (metric, step) once: the first value stands.
+
+        Args:
+            values: By name.
+            step: Theirs.
+            rising: This process will not tell them for an earlier step, so that those need not be remembered: a long
+                training tells millions.
+        """
+        new = {key: value for key, value in values.items() if step not in self._known[key]}
         if new:
             self.put({"metrics": new, "step": step, "time": now()})
-            self._known.update((key, step) for key in new)
+        for key in values:
+            self._known[key].add(step)
+            if rising:
+                self._known[key] = {known for known in self._known[key] if known >= step}
 
     def next_step(self, prefix: str) -> int:
         """The step after the last one of the metrics whose name begins so, in what this spool held when opened."""
-        return 1 + max((step for key, step in self._known if key.startswith(prefix)), default=-1)
+        return 1 + max(
+            (max(steps, default=-1) for key, steps in self._known.items() if key.startswith(prefix)), default=-1
+        )
 
     def artifact(self, path: Path, folder: str) -> None:
         """Append a file to upload; until it is sent it must stay where it is, beside the spool or anywhere."""
@@ -137,10 +150,13 @@ def read_all(path: Path, containing: bytes = b"", newest: bool = False) -> list[
     return [_parse(path, line) for line in (lines[-1:] if newest else lines)]
 
 
-def _metrics_in(path: Path) -> set[tuple[str, int]]:
-    if not path.exists():
-        return set()
-    return {(key, entry["step"]) for entry in read_all(path) for key in entry.get("metrics", ())}
+def _metrics_in(path: Path) -> defaultdict[str, set[int]]:
+    """The steps of each metric."""
+    known: defaultdict[str, set[int]] = defaultdict(set)
+    for entry in read_all(path) if path.exists() else []:
+        for key in entry.get("metrics", ()):
+            known[key].add(entry["step"])
+    return known
 
 
 def _parse(path: Path, line: bytes) -> dict[str, Any]:

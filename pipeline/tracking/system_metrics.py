@@ -50,7 +50,7 @@ class SystemMetrics:
             monitor.collect_metrics()
             values |= monitor.aggregate_metrics()
             monitor.clear_metrics()
-        self._spool.metrics({PREFIX + key: float(value) for key, value in values.items()}, self._step)
+        self._spool.metrics({PREFIX + k: float(value) for k, value in values.items()}, self._step, rising=True)
         self._step += 1
 
     def finish(self) -> None:

@@ -20,7 +20,7 @@ class SpoolWriter(KVWriter):
         """Keep the finite numbers that aren't excluded from ``mlflow``."""
         kept = {key: value for key, value in sorted(key_values.items()) if "mlflow" not in (key_excluded[key] or ())}
         numbers = {key: float(value) for key, value in kept.items() if _is_number(value)}
-        self.spool.metrics({key: value for key, value in numbers.items() if math.isfinite(value)}, step)
+        self.spool.metrics({k: value for k, value in numbers.items() if math.isfinite(value)}, step, rising=True)
 
     def close(self) -> None:
         """Nothing: the run closes the spool."""

@@ -82,6 +82,17 @@ def test_a_metric_is_told_once_a_step_also_by_a_resumed_training(tmp_path: Path)
     assert server.taken == [("k0", 0.0, 0), ("k0", 1.0, 1), ("k0", 2.0, 2), ("other", 1.0, 2), ("new", 3.0, 2)]
 
 
+def test_a_long_training_that_goes_on_tells_each_step_once_and_remembers_none(tmp_path: Path):
+    path, server = tmp_path / "s.jsonl", Server()
+    for first in (0, 700):  # it was killed at step 1000, and goes on from its state at 700
+        spool = Spool(path, "r")
+        for step in range(first, first + 1000):
+            spool.metrics({"k0": float(step)}, step, rising=True)
+    assert spool._known == {"k0": {1699}}
+    send(server, path)  # type: ignore[arg-type]
+    assert server.taken == [("k0", float(step), step) for step in range(1700)]
+
+
 def test_requests_stay_within_mlflows_limit(tmp_path: Path):
     spool, server = spool_of(tmp_path / "s.jsonl", 200, keys=12), Server()
     send(server, spool.path)  # type: ignore[arg-type]
