@@ -159,7 +159,7 @@ class TrainParams(ObservationParams, NetworkParams):
     reward_clip: float = Field(ge=0, le=1000, description="training reward is clipped to +- this; 0 = not clipped")
     normalize_reward: bool = Field(description="divide the training reward by the running std of the return")
     sde_sample_freq: Int = Field(ge=-1, le=1000, description="decisions between new noise (gsde); -1 = once a rollout")
-    grass_penalty: float = Field(ge=0, le=10, description="reward lost per frame with all wheels on grass")
+    grass_penalty: float = Field(ge=0, le=10, description="reward lost per world unit driven with all wheels on grass")
     grass_limit: Int = Field(
         ge=0, le=1000, description="episode ends after so many frames with 3 wheels off; 0 = never"
     )

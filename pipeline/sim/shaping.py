@@ -7,6 +7,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.box2d.car_racing import FPS
 from numpy.typing import NDArray
 
 from pipeline.config import TrainParams
@@ -20,7 +21,7 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
     """The training reward: the game's own, less penalties; and an early end of hopeless episodes.
 
     Scores never see this wrapper. At its end an episode tells ``info["episode"]``: the game's own return ``r``, its
-    length ``l`` in decisions (SB3's names), and what explains them.
+    length ``l`` in decisions (SB3's names), and what explains them. Speeds are in world units/s.
 
     Attributes:
         front: Tiles between the start and the foremost place that the car has reached.
@@ -92,7 +93,7 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
         self._missed += self._newly_missed()
         return (
             params.missed_tile_penalty * (self._missed - missed)
-            + params.grass_penalty * off_road * frames  # not by distance: standing on the grass would be free
+            + params.grass_penalty * off_road * car.speed() / FPS * frames  # by distance: a beginner stands there a lot
             + params.time_penalty * frames
             + params.steer_penalty * steer_change**2
         )

@@ -55,7 +55,7 @@ def test_time_and_steering_cost_what_they_say(monkeypatch: pytest.MonkeyPatch) -
     assert [step[1] for step in shaped_episode(shaped, actions)] == pytest.approx(expected, abs=1e-6)
 
 
-def test_grass_costs_by_share_of_wheels_and_time_and_ends_the_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grass_costs_by_share_of_wheels_and_way_and_ends_the_episode(monkeypatch: pytest.MonkeyPatch) -> None:
     params = {**NO_SHAPING, "grass_penalty": 0.5, "grass_limit": 20, "early_end_penalty": 30.0}
     env = make_training_env(train_params(monkeypatch, **params), 0)
     theirs = stock()
@@ -68,7 +68,8 @@ def test_grass_costs_by_share_of_wheels_and_time_and_ends_the_episode(monkeypatc
         reward = held(theirs, to_pedals(action), 4)[1]
         share = sum(len(wheel.tiles) == 0 for wheel in game.car.wheels) / 4
         on_grass = on_grass + 4 if share >= 0.75 else 0
-        expected.append(reward - 0.5 * share * 4 - (30 if on_grass >= 20 else 0))
+        speed = float(np.linalg.norm(game.car.hull.linearVelocity))
+        expected.append(reward - 0.5 * share * speed / 50 * 4 - (30 if on_grass >= 20 else 0))
     assert on_grass == 20  # the episode ended with the decision that reached the limit
     assert [step[1] for step in steps] == pytest.approx(expected, abs=1e-6)
     assert [step[2] for step in steps] == [False] * (len(steps) - 1) + [True]
