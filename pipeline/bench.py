@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     params, arguments = parse_args(TrainParams, parser, argv)
     if arguments.apply and not arguments.tune:
         parser.error("--apply: expected together with --tune, which finds what to apply")
-    from pipeline.sim.ray_env import ClusterError
+    from pipeline.sim.ray_cluster import ClusterError
 
     try:
         if arguments.ray:

@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             fail(error)
         from pipeline.agent.checkpoint import CheckpointError
         from pipeline.agent.policy import PolicyError
-        from pipeline.sim.ray_env import ClusterError
+        from pipeline.sim.ray_cluster import ClusterError
         from pipeline.tracking.folder import RunFolderError
         from pipeline.tracking.store import TrackingError
 

@@ -129,7 +129,7 @@ def way_back(start: str) -> list[str]:
     ("package", "home"),
     [
         ("mlflow", r"pipeline\.tracking\..*"),
-        ("ray", r"pipeline\.(sweep\.on_ray|sim\.ray_env)"),
+        ("ray", r"pipeline\.(sweep\.on_ray|sim\.ray_cluster)"),
         ("optuna", r"pipeline\.sweep\.(study|search|plots|space)"),
     ],
 )

@@ -150,11 +150,6 @@ def make_env(
     return observed(env, observation)
 
 
-def driven(env: gym.Env[Any, Any], observation: ObservationParams) -> gym.Env[Any, Any]:
-    """With the action axes that a policy steers by."""
-    return SteerThrottle(env) if observation.action_axes == "steer_throttle" else env
-
-
 def observed(env: gym.Env[Any, Any], observation: ObservationParams) -> gym.Env[Any, Any]:
     """With the observations that a policy sees."""
     env = Preprocess(env, observation.grayscale, observation.resize)

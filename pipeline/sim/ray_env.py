@@ -5,34 +5,27 @@ same orders in the same way as a worker process of this machine; what that one f
 order and the reply. Which actor has which environments, and where it is, decides no bit of the result.
 
 Actors step, and nothing else: the network's last bits depend on the batch, so the learner decides for all environments.
-Ray is imported when it is used: nobody else needs to have it installed.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import platform
-import secrets
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import cores
+from pipeline.sim.ray_cluster import ClusterError, import_ray, joined
 from pipeline.sim.supervisor import START_ALLOWANCE, Worker
 from pipeline.sim.worker import (
-    ONE_THREAD,
     TERMINAL,
     Arrays,
     EnvSlice,
@@ -46,9 +39,6 @@ from pipeline.sim.worker import (
 
 log = logging.getLogger(__name__)
 
-LOCAL = "local"
-"""The address of a cluster that is started on this machine and ends with the training."""
-
 DEADLINE = 60.0
 """Seconds after which an actor that does not answer counts as hung, or its node as gone."""
 
@@ -57,10 +47,6 @@ DECIDING = ("numpy", "gymnasium", "box2d", "opencv-python", "pygame-ce")
 
 Parcel = list[tuple[str, Any, NDArray[Any]]]
 """Parts of :class:`Arrays` on their way: name, index, values."""
-
-
-class ClusterError(Exception):
-    """The cluster can't be used; the message says what was expected, what came and what to do."""
 
 
 @dataclass(frozen=True)
@@ -86,67 +72,13 @@ class Cluster:
 
 @contextmanager
 def connected(address: str, n_actors: int | None, n_envs: int) -> Iterator[Cluster]:
-    """Connect to a cluster, or start one here; ``n_actors`` None means one per free CPU.
-
-    A cluster started here listens on the loopback address, asks for a token of this process's own, has no dashboard
-    and ends with the block. For one elsewhere, Ray finds the token as that one's nodes do: ``RAY_AUTH_TOKEN``,
-    ``RAY_AUTH_TOKEN_PATH`` or ``~/.ray/auth_token``.
+    """Join a cluster, or start one here (:func:`joined`); ``n_actors`` None means one per free CPU.
 
     Raises:
-        ClusterError: Ray is not installed, the cluster does not answer, or it has fewer CPUs than ``n_actors``.
+        ClusterError: It can't be joined, or has fewer CPUs than ``n_actors``.
     """
-    if address == LOCAL:
-        close_to_others()
-    ray = _ray()
-    if address.startswith("ray://"):
-        raise ClusterError(
-            f"--ray: expected local, auto or HOST:PORT, got {address}: pictures would go by way of a proxy. "
-            "Start the training on a node of the cluster"
-        )
-    try:
-        with _own_signal_handlers():
-            _init(ray, address, n_actors)
+    with joined(address, n_actors) as ray:
         yield _cluster(ray, n_actors, n_envs)
-    finally:
-        ray.shutdown()
-
-
-def close_to_others() -> None:
-    """Before Ray is imported to be started here: the loopback address alone, and a token of this process's own."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's name for what may leave the machine
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would put its processes behind all else here
-    if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-
-def _ray() -> Any:
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when Ray is imported
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError:
-        raise ClusterError(
-            "--ray: Ray is not installed; `pip install -r requirements-cluster.txt -c constraints.txt` installs it"
-        ) from None
-    return ray
-
-
-def _init(ray: Any, address: str, n_actors: int | None) -> None:
-    """``ray.init``; nodes elsewhere get this checkout's code sent, whatever lies there."""
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address == LOCAL:
-        options |= {"num_cpus": n_actors or cores(), "num_gpus": 0, "include_dashboard": False}
-    else:
-        package = str(Path(__file__).parents[1])
-        options["runtime_env"] = {"py_modules": [package], "excludes": ["**/__pycache__"], "env_vars": ONE_THREAD}
-    try:
-        ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ClusterError(
-            f"--ray: no cluster at {address} ({error}). `ray status --address {address}` says whether it runs; the "
-            "token must be the cluster's (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"
-        ) from error
 
 
 def _cluster(ray: Any, n_actors: int | None, n_envs: int) -> Cluster:
@@ -155,16 +87,6 @@ def _cluster(ray: Any, n_actors: int | None, n_envs: int) -> Cluster:
         raise ClusterError(f"--ray-actors: expected 1 to {cpus}, the cluster's CPUs, got {n_actors or 'none of them'}")
     nodes = sum(node["Alive"] for node in ray.nodes())
     return Cluster(min(n_actors or max(free, 1), n_envs), nodes)
-
-
-@contextmanager
-def _own_signal_handlers() -> Iterator[None]:
-    """Keep what this process does on signals: ``ray.init`` puts an exit of its own in SIGTERM's place."""
-    main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if main else {}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 # What travels
@@ -280,7 +202,7 @@ class ActorWorker(Worker):
         self._actor: Any = None
 
     def start(self) -> None:
-        ray = _ray()
+        ray = import_ray()
         free = self._actor is None or ray.available_resources().get("CPU", 0) >= 1
         options = {"num_cpus": 1 if free else 0, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
         self._actor = ray.remote(Actor).options(**options).remote(self._shared.layout)
@@ -297,7 +219,7 @@ class ActorWorker(Worker):
 
     @staticmethod
     def wait(handles: Sequence[Any], patience: float) -> Collection[Any]:
-        ray = _ray()
+        ray = import_ray()
         # For all: who settles a step needs every reply, and each call of ray.wait costs 0.1 ms.
         ready, _ = ray.wait(list(handles), num_returns=len(handles), timeout=patience)
         return set(ready)
@@ -312,7 +234,7 @@ class ActorWorker(Worker):
         return []
 
     def _opened(self, reply: Any) -> Any:
-        ray = _ray()
+        ray = import_ray()
         try:
             answer, parcel = ray.get(reply)
             if self._machine is not None:
@@ -339,6 +261,6 @@ class ActorWorker(Worker):
         pass  # its environments hold nothing that outlives their process
 
     def stop(self, patience: float = 0.0) -> None:
-        ray = _ray()
+        ray = import_ray()
         if ray.is_initialized():  # else the cluster's end has ended it
             ray.kill(self._actor)

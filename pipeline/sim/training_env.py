@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 
 from pipeline.config import FIRST_TRAINING_TRACK, TrainParams
 from pipeline.sim.driving_state import DrivingState
-from pipeline.sim.env import FAST, STOCK, FrameSkip, FrameStack, Observation, Step, driven, find_wrapper, observed
+from pipeline.sim.env import (
+    FAST,
+    STOCK,
+    FrameSkip,
+    FrameStack,
+    Observation,
+    SteerThrottle,
+    Step,
+    find_wrapper,
+    observed,
+)
 from pipeline.sim.shaping import Shaping
 
 BEFORE = (10, 25)
@@ -139,7 +149,9 @@ def make_training_env(params: TrainParams, index: int) -> TrackSequence:
     gray = {"grayscale": params.grayscale} if params.env_id == FAST else {}
     game = FAST if params.env_id == FAST else STOCK
     env: gym.Env[Any, Any] = FrameSkip(gym.make(game, disable_env_checker=True, **gray), params.frame_skip)
-    env = shaped = Shaping(driven(env, params), params)
+    if params.action_axes == "steer_throttle":
+        env = SteerThrottle(env)
+    env = shaped = Shaping(env, params)
     if params.privileged_critic:
         env = DrivingState(shaped)
     return TrackSequence(observed(env, params), params.seed, index, params.reverse_laps, params.retries)

@@ -21,7 +21,7 @@ from pipeline import durable
 from pipeline.config import ConfigError, Parser, TrainParams, cores, fail, integer, project_root
 from pipeline.config.cli import add_flags
 from pipeline.interrupts import Interrupts
-from pipeline.sim.ray_env import close_to_others
+from pipeline.sim.ray_cluster import close_to_others
 from pipeline.sweep.definition import Sweep, read_sweep
 from pipeline.sweep.runner import Executor, Local, Runner, gpu_shares
 

@@ -161,7 +161,7 @@ class OnRay:
 
 
 def _connect(address: str) -> None:
-    """Join a cluster, or start one here, which :func:`pipeline.sim.ray_env.close_to_others` has to precede.
+    """Join a cluster, or start one here, which :func:`pipeline.sim.ray_cluster.close_to_others` has to precede.
 
     Raises:
         RayUnusable: It can't be reached.

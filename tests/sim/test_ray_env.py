@@ -20,7 +20,8 @@ import psutil
 import pytest
 
 from pipeline.sim import ray_env
-from pipeline.sim.ray_env import Actor, ClusterError, connected, needed, unpack
+from pipeline.sim.ray_cluster import ClusterError
+from pipeline.sim.ray_env import Actor, connected, needed, unpack
 from pipeline.sim.supervisor import Worker, WorkerError
 from pipeline.sim.vec_env import SharedMemoryVecEnv
 from pipeline.sim.worker import Message, dumps

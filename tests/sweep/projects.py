@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -48,13 +48,13 @@ space:
 """
 
 
-def new_project(folder: Path, database: Path, **changes: object) -> Path:
-    """A project folder with tiny parameters and an empty MLflow database."""
+def new_project(folder: Path, database: Path, size: Mapping[str, object] = TINY) -> Path:
+    """A project folder with tiny parameters, or others, and an empty MLflow database."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(database, folder / "mlflow.db")
     yaml = YAML()
     params = yaml.load(ROOT / "params.yaml")
-    params.update({**TINY, **changes})
+    params.update(size)
     yaml.dump(params, folder / "params.yaml")
     return folder
 

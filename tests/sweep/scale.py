@@ -21,8 +21,6 @@ from pathlib import Path
 from statistics import mean
 from tempfile import mkdtemp
 
-from ruamel.yaml import YAML
-
 from tests.conftest import ROOT
 from tests.sweep import projects
 from tests.sweep.cluster import RayCluster, kill_with_children
@@ -41,9 +39,9 @@ def empty_database(folder: Path) -> Path:
     return folder / "mlflow.db"
 
 
-def acceptance(folder: Path) -> dict[str, object]:
+def acceptance(folder: Path, database: Path) -> dict[str, object]:
     """Run it; returns its figures."""
-    project = projects.new_project(folder / "project", empty_database(folder))
+    project = projects.new_project(folder / "project", database)
     (project / "s.yaml").write_text(projects.SPACE.format(trials=TRIALS, confirm=CONFIRM))
     (folder / "ray").mkdir()
     began = time.monotonic()
@@ -154,13 +152,7 @@ def disturbed(folder: Path, database: Path) -> dict[str, object]:
     }
 
 
-MINUTE: dict[str, object] = {
-    **{key: (YAML().load(ROOT / "params.yaml"))[key] for key in projects.TINY},
-    "total_timesteps": 32_768,
-    "n_eval_episodes": 2,
-    "num_threads": 1,
-    "n_workers": 1,
-}
+MINUTE = {"total_timesteps": 32_768, "n_eval_episodes": 2, "num_threads": 1, "n_workers": 1}
 """The default recipe for a minute on one core."""
 
 
@@ -168,7 +160,7 @@ def overhead(folder: Path, database: Path) -> dict[str, object]:
     """A minute's training alone, and as the second and third trial of a sweep here and on Ray; [s] of wall clock."""
 
     def seconds(name: str, module: str, *arguments: str) -> float:
-        project = projects.new_project(folder / name, database, **MINUTE)
+        project = projects.new_project(folder / name, database, MINUTE)
         began = time.monotonic()
         projects.Driver(project, *arguments, module=module).finish()
         print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
@@ -199,10 +191,8 @@ def note(name: str, figures: dict[str, object]) -> None:
 
 def main(which: str) -> None:
     folder = Path(mkdtemp(prefix="scale-"))  # kept, to look into
-    if which == "acceptance":
-        figures = acceptance(folder)
-    else:
-        figures = {"disturbed": disturbed, "overhead": overhead}[which](folder, empty_database(folder))
+    measure = {"acceptance": acceptance, "disturbed": disturbed, "overhead": overhead}[which]
+    figures = measure(folder, empty_database(folder))
     print(json.dumps(figures, indent=2))
     note(f"sweep, {which}", figures)
 

@@ -41,7 +41,7 @@ OF_THE_POLICY = {**OBSERVATION.model_dump(), **NETWORK.model_dump()}
 
 @pytest.mark.slow
 def test_a_killed_search_goes_on_and_a_failed_trial_does_not_stop_it(tmp_path: Path, migrated_database: Path) -> None:
-    project = projects.new_project(tmp_path / "p", migrated_database, **OF_THE_POLICY)
+    project = projects.new_project(tmp_path / "p", migrated_database, {**projects.TINY, **OF_THE_POLICY})
     write_policy(project / "start.safetensors", seed=0)
     (project / "s.yaml").write_text(MISFIT)
     first = projects.Driver(project, "--config", "s.yaml", "--jobs", "1")
@@ -76,7 +76,7 @@ def test_a_killed_search_goes_on_and_a_failed_trial_does_not_stop_it(tmp_path: P
 def test_ctrl_c_ends_it_with_its_trainings_and_a_second_one_is_told_who_works(
     tmp_path: Path, migrated_database: Path
 ) -> None:
-    project = projects.new_project(tmp_path / "p", migrated_database, total_timesteps=100_000)
+    project = projects.new_project(tmp_path / "p", migrated_database, {**projects.TINY, "total_timesteps": 100_000})
     first = projects.Driver(project, "--seeds", "0:2")
     first.wait_until(lambda: max(projects.progress(project).values(), default=0) >= 32)
     second = projects.Driver(project, "--seeds", "0:3")
