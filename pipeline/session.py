@@ -218,7 +218,8 @@ class Session:
         }
         METRICS.parent.mkdir(exist_ok=True)
         durable.publish(METRICS, (json.dumps(figures, indent=2) + "\n").encode())
-        self.spool.metrics({f"best/{k}": v for k, v in self.best.items()}, step=int(self.best["agent_steps"]))
+        rest = {f"best/{k}": v for k, v in self.best.items() if k != "mean_reward"}  # told with every validation
+        self.spool.metrics(rest, step=int(self.best["agent_steps"]))
         for path, where in ((BEST, "models"), (FINAL, "models"), (CURVE_PICTURE, "plots"), (Path(LOG), "")):
             self.spool.artifact(self.folder / path.name, where)
         return figures
