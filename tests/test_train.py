@@ -11,12 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from pipeline.config import TrainParams, load
+from tests.chaos import evidence
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -97,6 +99,8 @@ def test_a_training_leaves_what_it_promises(trainer: Path) -> None:
     assert figures["best_mean_reward"] == run.data.metrics["best/mean_reward"]
     steps = [m.step for m in client(trainer).get_metric_history(run_id(trainer), "eval/mean_reward")]
     assert steps == [512, 1024]
+    told = Counter((key, step) for key, step, _ in evidence.metrics(trainer))
+    assert set(told.values()) == {1}, f"told twice: {told.most_common(3)}"
     artifacts = [a.path for a in client(trainer).list_artifacts(run_id(trainer), "checkpoints")]
     assert artifacts == [f"checkpoints/policy_{n:012}.safetensors" for n in (256, 512, 768, 1024)]
     strips = [a.path for a in client(trainer).list_artifacts(run_id(trainer), "images")]
