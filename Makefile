@@ -69,7 +69,7 @@ ui: setup ## MLflow's pages: runs, films, registry. PORT=5000
 tensorboard: setup ## Curves, film strips and action histograms of all runs; http://127.0.0.1:6006
 	"$(BIN)/tensorboard" --logdir runs --host 127.0.0.1
 
-sweep: setup ## Search for a better setting: configs/sweep.yaml. ARGS="--seeds 0:5", ARGS="--ray local"
+sweep: setup ## Search for a better setting: configs/sweep.yaml. ARGS="--seeds 0:5", ARGS="--config configs/sweep.yaml --ray local"
 	"$(BIN)/python" -m pipeline.sweep $(or $(ARGS),--config configs/sweep.yaml)
 
 bench: setup ## Speed of every part against stock, in one run. ARGS="--peers", ARGS="--tune --apply"

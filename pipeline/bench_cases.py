@@ -52,7 +52,7 @@ def _game(params: TrainParams, env_id: str, **kwargs: Any) -> Iterator[Work]:
 
 
 LONG_EPISODES: dict[str, Any] = {"grass_limit": 0, "stall_limit": 0}
-"""A car that drives ahead blindly would be ended after 100 frames, and the reset (a new track) be measured; with these
+"""A car that drives ahead blindly would be ended after 150 frames, and the reset (a new track) be measured; with these
 the episodes are as long as stock's, whose rules end them alone."""
 
 

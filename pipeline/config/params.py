@@ -139,7 +139,7 @@ class TrainParams(ObservationParams, NetworkParams):
     total_timesteps: Int = Field(ge=1, le=10**10, description="decisions to learn from [agent steps over all envs]")
     learning_rate: Positive = Field(le=1, description="Adam's step size at the start")
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = Field(
-        description="how the learning rate falls to 0 over the training"
+        description="how the learning rate falls to 0 over the training, if at all"
     )
     n_steps: Int = Field(ge=2, le=65536, description="decisions per environment between updates")
     batch_size: Int = Field(ge=2, le=1_048_576, description="samples per gradient step")
@@ -148,7 +148,7 @@ class TrainParams(ObservationParams, NetworkParams):
     gae_lambda: Probability = Field(description="GAE's bias-variance factor")
     clip_range: Positive = Field(le=1, description="PPO's clip of the probability ratio")
     target_kl: float = Field(
-        ge=0, le=10, description="an update stops when the policy has moved so far (KL, nats); 0 = no limit"
+        ge=0, le=10, description="an update stops at a minibatch whose KL is over 1.5 times this [nats]; 0 = no limit"
     )
     ent_coef: float = Field(ge=0, le=1, description="weight of the entropy bonus")
     privileged_critic: bool = Field(
@@ -172,7 +172,9 @@ class TrainParams(ObservationParams, NetworkParams):
         description="the end of a lap is bootstrapped like a time limit (the car can't see it), not an end worth 0"
     )
     reverse_laps: Probability = Field(description="share of training episodes that drive the lap the other way round")
-    retries: Int = Field(ge=0, le=20, description="tries more on the road before a mistake: a missed tile, a lost car")
+    retries: Int = Field(
+        ge=0, le=20, description="more tries at the road before a missed tile or where the car was lost; 0 = none"
+    )
     time_penalty: float = Field(ge=0, le=10, description="extra reward lost per frame, on top of the game's 0.1")
     steer_penalty: float = Field(ge=0, le=10, description="reward lost per decision per squared change of steering")
     eval_freq: Int = Field(ge=0, le=10**10, description="agent steps between validations; 0 = only at the end")
