@@ -76,7 +76,8 @@ def _vec_env(params: TrainParams, n_workers: int, make_worker: MakeWorker | None
     from pipeline.sim.training_env import make_training_env
     from pipeline.sim.vec_env import SharedMemoryVecEnv
 
-    return SharedMemoryVecEnv([partial(make_training_env, params, i) for i in range(params.n_envs)], n_workers)
+    env_fns = [partial(make_training_env, params, i) for i in range(params.n_envs)]
+    return SharedMemoryVecEnv(env_fns, n_workers, make_worker=make_worker)
 
 
 @contextmanager

@@ -213,15 +213,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         film_races(params, arguments.policies, arguments.track or [track_bounds(params.tracks)[0]])
         return
     from pipeline.agent.policy import PolicyError
-    from pipeline.tracking.store import TrackingError
+    from pipeline.tracking.store import TrackingError, in_one_message
 
     for noisy in ("alembic", "mlflow"):  # after its import, which sets its own level
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        if arguments.experiments is None:
-            compare_policies(params, arguments.policies, arguments)
-        else:
-            compare_experiments(params, arguments.experiments, arguments)
+        with in_one_message():
+            if arguments.experiments is None:
+                compare_policies(params, arguments.policies, arguments)
+            else:
+                compare_experiments(params, arguments.experiments, arguments)
     except (PolicyError, TrackingError) as error:
         fail(error)
 

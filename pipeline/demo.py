@@ -75,12 +75,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     params, arguments = parse_args(PromoteParams, parser, argv)
     from pipeline.agent.policy import PolicyError
     from pipeline.media.video import FilmError
-    from pipeline.tracking.store import TrackingError
+    from pipeline.tracking.store import TrackingError, in_one_message
 
     for noisy in ("alembic", "mlflow"):  # after its import, which sets its own level
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        print(demo(params, arguments.policy, arguments.track))
+        with in_one_message():
+            print(demo(params, arguments.policy, arguments.track))
     except (PolicyError, FilmError, TrackingError) as error:
         fail(error)
 

@@ -101,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     from pipeline.evaluation import summarize
 
+    if str(arguments.json) != "-":  # a folder that can't be made is told before the driving
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
     figures = summarize(drive_tracks(params, arguments.policy), params.bootstrap_samples)
     text = json.dumps(figures, indent=2) + "\n"
     if str(arguments.json) == "-":

@@ -146,6 +146,7 @@ class Session:
             logger.record(f"eval/{key}", value)
         # Steady beats fast: a mean that hides a lost track is not chosen.
         score = figures["mean"] - 0.5 * figures["std"]
+        logger.record("eval/score", score)
         if score > self.best["score"]:
             self.best = {"score": score, **logged, "agent_steps": steps}
             self._keep_best(path, steps)

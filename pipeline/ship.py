@@ -27,6 +27,7 @@ def ship(policy_path: Path = POLICY, champion: Path = CHAMPION) -> str:
 
     policy = load(policy_path)
     steps = int(policy.info.get("agent_steps", 0))
+    champion.with_suffix(".json").unlink(missing_ok=True)  # the score of another policy
     save(champion, policy.module, policy.observation, policy.network, steps, torch.float16)
     sizes = [path.stat().st_size / 1e6 for path in (policy_path, champion)]
     return f"{policy_path} ({sizes[0]:.1f} MB) -> {champion} ({sizes[1]:.1f} MB), {steps:,} agent steps"

@@ -15,6 +15,7 @@ import pytest
 from pipeline import bench_ray
 from pipeline.bench_ray import _messages, _spent, counts, ray_cases, write_section
 from tests.conftest import ROOT
+from tests.sim.games import train_params
 from tests.sim.test_ray_env import Neighbour
 
 
@@ -30,6 +31,23 @@ def test_cases_are_compared_with_this_machine_and_with_one_actor() -> None:
         ("ray_2_actors", ("vectorised_1_worker", "ray_1_actors")),
         ("ray_training_2_actors", ("training",)),
     ]
+
+
+def test_the_cases_drive_environments_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[int]] = []
+
+    def make_worker(indices: list[int], arrays: Any) -> Neighbour:
+        made.append(indices)
+        return Neighbour(indices, arrays)
+
+    params = train_params(monkeypatch, n_envs=4, n_steps=8, batch_size=32, n_workers=1, num_threads=1)
+    cluster: Any = SimpleNamespace(make_worker=make_worker)
+    for case, workers in zip(ray_cases(cluster, [1, 2]), (1, 2, 2), strict=True):
+        made.clear()
+        with case.prepare(params) as work:
+            assert work() > 0
+        assert sorted(index for indices in made for index in indices) == [0, 1, 2, 3], case.name
+        assert len(made) == workers, case.name
 
 
 def test_a_price_is_the_least_that_the_clocks_say_of_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,9 @@ def test_the_film_shows_the_drive_and_the_first_policy_becomes_champion(project:
 
 def test_the_shipped_policy_is_the_same_in_half_the_size(project: Path) -> None:
     policy, champion = write_policy(Path("models/mine.safetensors"), seed=3), Path("models/champion.safetensors")
+    champion.with_suffix(".json").write_text('{"mean": 900.0}')  # of the champion before
     ship(policy, champion)
+    assert not champion.with_suffix(".json").exists()
     weights, rounded = (load(path).module.state_dict() for path in (policy, champion))
     assert all(torch.equal(rounded[name], weights[name].half().float()) for name in weights)
     assert load(champion).observation == load(policy).observation

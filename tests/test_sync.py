@@ -128,6 +128,19 @@ def test_a_spool_that_can_not_be_sent_does_not_hold_up_the_others(project: Path,
     assert f"spool-{UNKNOWN}.jsonl can't be sent and stays" in caplog.text
 
 
+def test_what_a_stage_has_told_so_far_is_sent_and_its_outbox_stays(project: Path) -> None:
+    known = begun().id
+    Path("id.json").write_text(json.dumps({"run_id": known}))
+    stage = Run.attach("evaluate", Path("id.json"))  # it drives for minutes, and then has more to tell
+    outbox = stage.spool.path.parent
+    send_spools(connect(), outbox.parent)
+    assert stage.spool.path.exists()
+    with stage:
+        stage.metrics({"evaluate/mean": 900.0})
+    assert connect().get_run(known).data.metrics["evaluate/mean"] == 900.0
+    assert not outbox.exists(), "all is sent, and nobody adds to it"
+
+
 def test_sync_does_all_of_it_and_prints_a_table(repository: Path):
     from tests.tracking.test_lost import HERE, dead_pid
 

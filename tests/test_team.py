@@ -299,8 +299,9 @@ def test_the_champion_is_the_policy_in_the_bucket(team: Team, piped: Path) -> No
     assert [sha256(data) for data in stored] == [policy]
     again = said(piped, "python", "-m", "pipeline.promote", environment=team.environment)
     assert "registered as version 1 already, and is the champion: nothing to do" in again
-    fetch = "from pathlib import Path; from pipeline.tracking.registry import fetch; "
-    fetch += "print(fetch('models:/carracing-ppo@champion', Path('fetched')))"
+    fetch = "from pathlib import Path; from pipeline.tracking.registry import resolve; "
+    fetch += "registry, version = resolve('models:/carracing-ppo@champion'); "
+    fetch += "print(registry.download(version, Path('fetched')))"
     (piped / "fetched").mkdir()
     said(piped, "python", "-c", fetch, environment={"MLFLOW_TRACKING_URI": team.server.uri})  # needs no S3 keys
     assert [sha256(file.read_bytes()) for file in (piped / "fetched").rglob("*.safetensors")] == [policy]

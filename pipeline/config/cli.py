@@ -64,8 +64,8 @@ def parse_args(stage: type[P], parser: argparse.ArgumentParser, argv: Sequence[s
     arguments = vars(parser.parse_args(argv))
     flags = {key: arguments.pop(key) for key in stage.model_fields if key in arguments}
     mistakes: list[str] = []
-    values = read_sources(arguments.pop("config"), flags, mistakes)
     try:
+        values = read_sources(arguments.pop("config"), flags, mistakes)
         return build(stage, values, mistakes), argparse.Namespace(**arguments)
     except ConfigError as error:
         fail(error)

@@ -9,8 +9,8 @@
 ``runner``      keeps as many jobs running as there is room for, through crashes and lost machines
 ``on_ray``      the same on the machines of a Ray cluster
 ``study``       Optuna: what to try next, and what to give up
-``search``      trials: asked for, trained, told; the winner confirmed on fresh seeds
-``statistics``  figures over seeds
+``search``      trials: asked for, trained, told
+``confirm``     the winner on fresh seeds
 ``report``      what came out, for MLflow and for people
 ``winner``      the best setting as a file and as a DVC experiment
 ==============  =====================================================================================

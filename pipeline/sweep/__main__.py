@@ -21,8 +21,8 @@ from pipeline import durable
 from pipeline.config import ConfigError, Parser, TrainParams, cores, fail, integer, project_root
 from pipeline.config.cli import add_flags
 from pipeline.interrupts import Interrupts
-from pipeline.sim.ray_cluster import close_to_others
-from pipeline.sweep.definition import Sweep, read_sweep
+from pipeline.sim.ray_cluster import ClusterError, close_to_others, import_ray
+from pipeline.sweep.definition import Sweep, SweepError, read_sweep
 from pipeline.sweep.runner import Executor, Local, Runner, gpu_shares
 
 if TYPE_CHECKING:
@@ -71,12 +71,13 @@ def build_executor(arguments: argparse.Namespace, params: TrainParams) -> Execut
     """Where the trainings run, as the flags say.
 
     Raises:
-        ValueError: It can't be done so.
+        SweepError: It can't be done so.
+        ClusterError: Ray is not installed.
     """
     n_jobs, each = arguments.jobs or 1, arguments.cores
     if not arguments.ray:
         if n_jobs * (each or 1) > cores():
-            raise ValueError(
+            raise SweepError(
                 f"expected --jobs x --cores up to {cores()}, the cores of this machine; got {n_jobs * (each or 1)}"
             )
         each = each or cores() // n_jobs
@@ -84,12 +85,13 @@ def build_executor(arguments: argparse.Namespace, params: TrainParams) -> Execut
     else:
         each = each or 1
     if params.num_threads > each:
-        raise ValueError(
+        raise SweepError(
             f"num_threads = {params.num_threads}: expected at most {each}, the cores of each training, or 0"
         )
     if arguments.ray:
         if arguments.ray == "local":
             close_to_others()
+        import_ray()
         from pipeline.sweep.on_ray import OnRay
 
         return OnRay(arguments.ray, project_root(), each, arguments.gpus or 0.0, arguments.jobs)
@@ -153,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             read_result(arguments.against)
         executor = build_executor(arguments, sweep.base)
-    except (ConfigError, ValueError) as error:
+    except (ConfigError, SweepError, ClusterError) as error:
         fail(error)
     work(sweep, executor, arguments.against)
 
@@ -181,7 +183,7 @@ def work(sweep: Sweep, executor: Executor, against: Path | None) -> None:
             finally:
                 runner.stop()  # after a mistake of ours too, no training is left behind
         print(words)
-    except (TrackingError, RunFolderError, StudyError, ValueError) as error:
+    except (TrackingError, RunFolderError, StudyError, SweepError) as error:
         fail(error)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.interrupts import Interrupts
 from pipeline.sweep import winner
+from pipeline.sweep.definition import SweepError
 from pipeline.sweep.job import Job
 from pipeline.sweep.progress import Progress
 from pipeline.sweep.report import draw_curves, failures_of, in_words, tell_failures, write_result
@@ -26,11 +27,11 @@ def confirm(search: Search, runner: Runner, stop: Interrupts, run: Run) -> str:
     """Train the best setting, and the one without the search, on fresh seeds; write the best down; returns it in words.
 
     Raises:
-        ValueError: No trial came to its end.
+        SweepError: No trial came to its end.
     """
     frozen = search.study.best()
     if frozen is None or frozen.value is None:
-        raise ValueError("no trial came to its end; see failures.txt in the sweep's folder")
+        raise SweepError("no trial came to its end; see failures.txt in the sweep's folder")
     chosen = chosen_by(search.sweep, frozen)
     groups = _train(search, chosen, frozen.number, runner, stop)
     scores = {name: [float(outcome["score"]) for _, outcome in finished(jobs)] for name, jobs in groups.items()}
@@ -89,7 +90,8 @@ def _train(
 def _is_confirmed(search: Search, scores: Mapping[str, list[float]], gain: Difference | None) -> bool:
     """Whether the fresh seeds have all come to their end, and are not worse than without the search."""
     seeds = search.sweep.fresh_seeds
-    return bool(seeds) and len(scores[BEST]) == len(seeds) and (gain is None or gain.mean > 0)
+    all_ended = all(len(values) == len(seeds) for values in scores.values())
+    return bool(seeds) and all_ended and (gain is None or gain.mean > 0)
 
 
 def _write_down(search: Search, chosen: Mapping[str, Any], groups: Mapping[str, list[Job]], words: str) -> list[str]:

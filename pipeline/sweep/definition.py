@@ -19,6 +19,10 @@ from pipeline.sweep.space import Space, as_text, check_combinations, configurati
 MOST_SEEDS = 1000
 
 
+class SweepError(Exception):
+    """A sweep can't be run so, or came to nothing; the message says why."""
+
+
 def _seed_range(value: object) -> object:
     """Check ``"0:5"``: first seed, and the one after the last."""
     if isinstance(value, str):
@@ -79,7 +83,7 @@ class Sweep:
         identity = [self.base.fingerprint(), *map(str, self.space)]
         if self.space:
             identity += [self.plan.sampler, self.plan.pruner, self.plan.seeds, str(self.plan.sampler_seed)]
-        return f"{self.plan.name}-{hashlib.sha256(as_text(identity).encode()).hexdigest()[:8]}"
+        return f"{self.plan.name[:50]}-{hashlib.sha256(as_text(identity).encode()).hexdigest()[:8]}"
 
     def params(self, chosen: Mapping[str, Any], seed: int) -> TrainParams:
         """The parameters of one training; its run folder lies in the sweep's."""

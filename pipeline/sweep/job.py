@@ -35,16 +35,11 @@ AGAIN = 75
 
 
 class Validation(NamedTuple):
-    """Figures of one validation: raw returns over its tracks."""
+    """Figures of one validation: mean of its raw returns, and the score by which a training chooses its best policy."""
 
     steps: int
     mean: float
-    std: float
-
-    @property
-    def score(self) -> float:
-        """What a training chooses its best policy by: steady beats fast."""
-        return self.mean - 0.5 * self.std
+    score: float
 
 
 @dataclass(frozen=True)
@@ -117,7 +112,7 @@ class Job:
     def validations(self) -> list[Validation]:
         """All so far, in their order."""
         told = [(entry["step"], entry["metrics"]) for entry in self.told(b"eval/mean_reward")]
-        seen = {step: Validation(step, m["eval/mean_reward"], m["eval/std_reward"]) for step, m in told}
+        seen = {step: Validation(step, m["eval/mean_reward"], m["eval/score"]) for step, m in told}
         return [seen[step] for step in sorted(seen)]
 
     @property
@@ -134,7 +129,8 @@ class Job:
 def figures(job: Job) -> dict[str, object] | None:
     """The figures of a training that has ended well, from what it told MLflow; None for one that hasn't."""
     told = job.told()
-    if not any(entry.get("status") == "FINISHED" for entry in told[-1:]):
+    # Not of the last entry alone: what watches the machine's load may say a last thing after it.
+    if [entry["status"] for entry in told if "status" in entry][-1:] != ["FINISHED"]:
         return None
     metrics = {key: value for entry in told for key, value in entry.get("metrics", {}).items()}
     return {

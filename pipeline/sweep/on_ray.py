@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline.config import cores
+from pipeline.sweep.definition import SweepError
 from pipeline.sweep.job import AGAIN, Job
 from pipeline.sweep.launch import CODE, end, how_it_ended, launch
 
@@ -35,7 +36,7 @@ remote: Any = ray.remote
 """Ray's own types know no options that are made at run time."""
 
 
-class RayUnusable(ValueError):
+class RayUnusable(SweepError):
     """The cluster can't do it; the message says what to do."""
 
 
@@ -174,7 +175,7 @@ def _connect(address: str) -> None:
         "runtime_env": {"env_vars": {"PYTHONPATH": str(CODE)}},
     }
     if address == LOCAL:
-        options |= {"num_cpus": cores(), "object_store_memory": STORE_BYTES}
+        options |= {"address": LOCAL, "num_cpus": cores(), "object_store_memory": STORE_BYTES}
     else:
         options["address"] = address
         del options["include_dashboard"]

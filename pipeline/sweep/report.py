@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import durable
-from pipeline.sweep.definition import Sweep
+from pipeline.sweep.definition import Sweep, SweepError
 from pipeline.sweep.job import Job
 from pipeline.tracking.run import Run
 from pipeline.tracking.spool import SPOOLS
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from pipeline.sweep.search import Search
 
 RESULT = "result.json"
-SCORE = "mean - 0.5 std"
 
 
 def begin_run(sweep: Sweep) -> Run:
@@ -67,7 +66,7 @@ def report_seeds(sweep: Sweep, jobs: Sequence[Job], run: Run, against: Path | No
     """Figures of one setting over its seeds; written, drawn, told to MLflow, and returned in words.
 
     Raises:
-        ValueError: No training came to its end.
+        SweepError: No training came to its end.
     """
     from pipeline.sweep.seed_statistics import difference, over_seeds
 
@@ -77,7 +76,7 @@ def report_seeds(sweep: Sweep, jobs: Sequence[Job], run: Run, against: Path | No
     run.table(rows, "sweep/seeds.json")
     tell_failures(sweep, failures_of(jobs), run)
     if not good:
-        raise ValueError("no training came to its end; see failures.txt")
+        raise SweepError("no training came to its end; see failures.txt")
     means = [float(outcome["mean_reward"]) for _, outcome in good]
     figures = over_seeds(means)
     # A step per number of seeds: those of a sweep that went on with more of them are told beside the earlier ones.
@@ -106,13 +105,13 @@ def read_result(folder: Path) -> dict[str, Any]:
     """The result of a finished ``--seeds``.
 
     Raises:
-        ValueError: There is none.
+        SweepError: There is none.
     """
     try:
         result = json.loads((folder / RESULT).read_text())
         return {**result, "by_seed": dict(result["by_seed"])}
     except (OSError, KeyError, TypeError, ValueError):
-        raise ValueError(
+        raise SweepError(
             f"{folder}: expected the folder of a finished `--seeds`, which has a {RESULT} with by_seed"
         ) from None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Protocol
 
+from pipeline.sweep.definition import SweepError
 from pipeline.sweep.job import Job
 from pipeline.sweep.launch import end, how_it_ended, launch
 
@@ -83,7 +84,7 @@ def gpu_shares(n_jobs: int, gpus: Sequence[str], each: float) -> list[str]:
     """What each of ``n_jobs`` sees: with ``each`` 0.5 two share a GPU, with 2 each has two of its own.
 
     Raises:
-        ValueError: There are too few.
+        SweepError: There are too few.
     """
     if each >= 1:
         size = round(each)
@@ -91,7 +92,7 @@ def gpu_shares(n_jobs: int, gpus: Sequence[str], each: float) -> list[str]:
     else:
         shares = [gpu for gpu in gpus for _ in range(int(1 / each + 1e-9))]
     if len(shares) < n_jobs:
-        raise ValueError(
+        raise SweepError(
             f"expected GPUs for {n_jobs} trainings at a time, {each:g} each; {len(gpus)} give {len(shares)} their share"
         )
     return shares[:n_jobs]

@@ -1,4 +1,4 @@
-"""The search: trials are asked for, trained on their seeds, told; the best is trained again on fresh seeds."""
+"""The search: trials are asked for, trained on their seeds, told."""
 
 from __future__ import annotations
 

@@ -39,22 +39,35 @@ def one_writer(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / "holder.txt"
+    lock = FileLock(folder / "lock")
     try:
-        with FileLock(folder / "lock", timeout=ENDING_SECONDS):
-            holder.write_text(f"process {os.getpid()} on {platform.node()}\n")
-            for torn in folder.rglob("*.tmp"):  # of a process killed while it published
-                torn.unlink()
-            yield
+        held = lock.acquire(timeout=ENDING_SECONDS)
     except Timeout:
         who = holder.read_text().strip() if holder.exists() else "another process"
         raise RunFolderError(f"{folder} is being trained by {who}; wait for it, stop it, or change run_name") from None
+    with held:
+        holder.write_text(f"process {os.getpid()} on {platform.node()}\n")
+        for torn in _torn(folder):
+            torn.unlink()
+        yield
+
+
+def _torn(folder: Path) -> Iterator[Path]:
+    """What processes killed while they published have left; not in folders below that have writers of their own."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            if not (path / "lock").exists():
+                yield from _torn(path)
+        elif path.suffix == ".tmp":
+            yield path
 
 
 def set_aside(folder: Path) -> None:
     """Move what an earlier, finished training of the same parameters left, so that nothing is written over."""
     leftovers = [path for path in folder.iterdir() if path.name not in ("lock", "holder.txt")]
     if leftovers:
-        earlier = folder / f"earlier-{sum(1 for _ in folder.glob('earlier-*')) + 1}"
+        numbers = [int(number) for path in folder.glob("earlier-*") if (number := path.name[8:]).isdecimal()]
+        earlier = folder / f"earlier-{max(numbers, default=0) + 1}"
         earlier.mkdir()
         for path in leftovers:
             if not path.name.startswith("earlier-"):

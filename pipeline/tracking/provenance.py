@@ -30,9 +30,10 @@ def tags() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str:
-    """Output of a git command in the current folder; empty outside a repository or without git."""
+    """Output of a git command where this code lies; empty outside a repository or without git."""
+    code = Path(__file__).resolve().parents[2]  # a sweep's training runs in a folder of its own
     try:
-        result = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=20, check=True)
+        result = subprocess.run(["git", *arguments], cwd=code, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return result.stdout.strip()

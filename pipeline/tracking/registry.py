@@ -145,16 +145,6 @@ class Registry:
         )
 
 
-def fetch(uri: str, folder: Path) -> Path:
-    """The policy file behind ``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER``, in ``folder``.
-
-    Raises:
-        TrackingError: The URI is spelled otherwise, there is no such version, or its file is gone.
-    """
-    registry, version = resolve(uri)
-    return registry.download(version, folder)
-
-
 def resolve(uri: str) -> tuple[Registry, Version]:
     """The version behind ``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER``.
 

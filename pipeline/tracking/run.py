@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock, Timeout
 from mlflow.data.pandas_dataset import from_pandas
 from mlflow.tracking.context import registry as context
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
@@ -53,6 +54,9 @@ class Run:
 
     def __init__(self, spool: Spool, began_here: bool, run_id_file: Path | None = None) -> None:
         self.spool, self.id = spool, spool.run_id
+        self._held = _holding(spool.path)
+        if _in_outbox(spool.path):  # a run folder has one writer anyway
+            self._held.acquire()
         self._began_here = began_here
         self._run_id_file = run_id_file and run_id_file.resolve()
         self._sender: Sender | None = None
@@ -207,13 +211,29 @@ class Run:
         self._sender.close(in_a_hurry=status == "KILLED")
         with self.spool:
             pass
+        self._held.release()
         discard_sent(self.spool.path)
 
 
 def discard_sent(path: Path) -> None:
-    """Delete a stage's spool with its files when MLflow has all of it; run folders keep theirs."""
-    if path.parent.parent == project_root() / OUTBOX and spool.is_sent(path):
-        shutil.rmtree(path.parent, ignore_errors=True)
+    """Delete a stage's spool with its files when MLflow has all and nobody adds to it; run folders keep theirs."""
+    if not (_in_outbox(path) and spool.is_sent(path)):
+        return
+    try:
+        with _holding(path).acquire(timeout=0):
+            pass
+    except Timeout:
+        return  # its stage has more to tell
+    shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def _in_outbox(path: Path) -> bool:
+    return path.parent.parent == project_root() / OUTBOX
+
+
+def _holding(path: Path) -> FileLock:
+    """The lock that a run holds as long as it may add to its spool."""
+    return FileLock(path.with_suffix(".held"))
 
 
 def _outbox(stage: str) -> Path:

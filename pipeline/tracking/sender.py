@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline.tracking import spool as spools
 from pipeline.tracking.spool import Spool
 from pipeline.tracking.store import TrackingError, connect, first_line
-from pipeline.tracking.stored import LOCAL, begin, find, known_or_restored, log_params, log_tags
+from pipeline.tracking.stored import LOCAL, begin, find, known_or_restored, log_tags
 
 log = logging.getLogger(__name__)
 
@@ -91,11 +91,6 @@ def _send_metrics(client: MlflowClient, run_id: str, beside: Path, entries: Entr
         client.log_batch(run_id, metrics=metrics[start : start + 1000])
 
 
-def _send_params(client: MlflowClient, run_id: str, beside: Path, entries: Entries) -> None:
-    for e in entries:
-        log_params(client, run_id, e["params"])
-
-
 def _send_tags(client: MlflowClient, run_id: str, beside: Path, entries: Entries) -> None:
     log_tags(client, run_id, {key: value for e in entries for key, value in e["tags"].items()})
 
@@ -136,7 +131,6 @@ def _send_status(client: MlflowClient, run_id: str, beside: Path, entries: Entri
 
 _SENDERS: dict[str, Callable[[MlflowClient, str, Path, Entries], None]] = {
     "metrics": _send_metrics,
-    "params": _send_params,
     "tags": _send_tags,
     "inputs": _send_inputs,
     "artifact": _send_artifacts,

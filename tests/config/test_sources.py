@@ -37,6 +37,19 @@ def plain(path: Path) -> Any:
     return YAML(typ="safe", pure=True).load(path)
 
 
+@pytest.mark.parametrize(("text", "said"), [(None, "no such file here"), ("seed: [", "params.yaml")])
+def test_a_params_yaml_that_is_none_is_one_message(
+    text: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path("params.yaml").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        train_params()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 # YAML 1.2 and JSON
 
 

@@ -191,3 +191,12 @@ def test_seeds_alone_are_a_setting_on_each_of_them() -> None:
     assert sweep.params({}, 2).seed == 2
     with pytest.raises(ConfigError, match="expected --seeds, such as --seeds 0:5, or a file with a space"):
         read_sweep([], {}, None)
+
+
+@pytest.mark.parametrize(("file", "flags"), [(False, {"run_name": "r" * 64}), (True, {})])
+def test_the_longest_name_makes_valid_trainings(file: bool, flags: dict[str, str]) -> None:
+    if file:
+        sweep = read(BUDGET.replace("name: s", f"name: {'s' * 64}") + "space:\n  n_epochs: {low: 1, high: 2}\n")
+    else:
+        sweep = read_sweep([], flags, "0:2")
+    assert sweep.params({}, 0).log_root.endswith("/runs")

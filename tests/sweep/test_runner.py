@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pipeline.config import TrainParams, cores, load
-from pipeline.sweep.job import Job
+from pipeline.sweep.confirm import _is_confirmed
+from pipeline.sweep.definition import SweepError
+from pipeline.sweep.job import Job, figures
 from pipeline.sweep.runner import ATTEMPTS, Runner, gpu_shares
+from pipeline.tracking.spool import Spool
 
 
 class Machine:
@@ -119,7 +124,7 @@ def test_gpus_are_shared_or_parted_as_stated(n_jobs: int, gpus: str, each: float
 
 
 def test_too_few_gpus_are_told() -> None:
-    with pytest.raises(ValueError, match=r"3 trainings at a time, 0\.5 each; 1 give 2 their share"):
+    with pytest.raises(SweepError, match=r"3 trainings at a time, 0\.5 each; 1 give 2 their share"):
         gpu_shares(3, ["0"], 0.5)
 
 
@@ -128,3 +133,40 @@ def test_a_share_of_the_machine_is_all_a_training_sees(monkeypatch: pytest.Monke
     assert cores() == 3
     monkeypatch.setenv("PYTHON_CPU_COUNT", "none")
     assert 1 <= cores() != 0
+
+
+def test_a_training_has_ended_whatever_the_load_monitor_says_after_it(jobs: list[Job]) -> None:
+    job = jobs[0]
+    note = job.folder / "workspace/metrics/mlflow.json"
+    for folder in (note.parent, job.run_folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    note.write_text('{"run_id": "local-1"}')
+    best = {f"best/{key}": 1.0 for key in ("score", "mean_reward", "std_reward", "agent_steps")}
+    with Spool(job.run_folder / "spool-local-1.jsonl", "local-1") as spool:
+        spool.metrics({"eval/mean_reward": 1.0, "eval/score": 1.0}, 64)
+        spool.metrics(best, 32)
+        spool.put({"status": "RUNNING"})
+        assert figures(job) is None
+        spool.put({"status": "FINISHED", "time": 0})
+        spool.metrics({"system/cpu": 1.0}, 9)
+    found = figures(job)
+    assert found is not None
+    assert found["agent_steps"] == 64
+
+
+@pytest.mark.parametrize(
+    ("scores", "gain", "confirmed"),
+    [
+        ({"best": [3.0, 3.0], "baseline": [1.0, 1.0]}, 2.0, True),
+        ({"best": [3.0, 3.0], "baseline": [4.0, 4.0]}, -1.0, False),
+        ({"best": [3.0], "baseline": [1.0, 1.0]}, 2.0, False),
+        ({"best": [3.0, 3.0], "baseline": []}, None, False),
+        ({"best": [3.0, 3.0]}, None, True),
+    ],
+)
+def test_a_winner_is_confirmed_by_all_trainings_on_fresh_seeds(
+    scores: dict[str, list[float]], gain: float | None, confirmed: bool
+) -> None:
+    search: Any = SimpleNamespace(sweep=SimpleNamespace(fresh_seeds=(1, 2)))
+    difference: Any = None if gain is None else SimpleNamespace(mean=gain)
+    assert _is_confirmed(search, scores, difference) is confirmed

@@ -165,6 +165,13 @@ def tell_all(folder: Path) -> tuple[Run, float]:
     return run, waited
 
 
+def test_provenance_is_that_of_the_code_wherever_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = provenance.tags()
+    monkeypatch.chdir(tmp_path)
+    keys = ("mlflow.source.git.commit", "code_dirty")
+    assert [provenance.tags().get(key) for key in keys] == [expected.get(key) for key in keys]
+
+
 @pytest.mark.usefixtures("no_answer")
 def test_a_run_begins_and_goes_on_without_a_server_and_gets_there_whole(project: Path, monkeypatch: pytest.MonkeyPatch):
     provenance.tags()  # not of this test: the first use asks git and the processor's name
@@ -209,7 +216,7 @@ def test_a_stage_that_adds_to_a_run_not_sent_yet_waits_for_it(project: Path, mon
 
 
 def test_a_store_that_lost_the_run_gets_all_of_it_again(project: Path):
-    run = begun("one", {"seed": 3})
+    run = Run.begin("one", {"seed": 3}, {}, project / "runs/one")
     run.metrics({"loss": 0.5}, 7)
     run.flush()
     connect().delete_run(run.id)
