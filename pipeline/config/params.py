@@ -160,9 +160,6 @@ class TrainParams(ObservationParams, NetworkParams):
     normalize_reward: bool = Field(description="divide the training reward by the running std of the return")
     sde_sample_freq: Int = Field(ge=-1, le=1000, description="decisions between new noise (gsde); -1 = once a rollout")
     grass_penalty: float = Field(ge=0, le=10, description="reward lost per world unit driven with all wheels on grass")
-    grass_crawl: float = Field(
-        ge=0, le=100, description="grass costs as if driven at this speed at least [world units/s]"
-    )
     grass_limit: Int = Field(
         ge=0, le=1000, description="episode ends after so many frames with 3 wheels off; 0 = never"
     )
@@ -171,18 +168,12 @@ class TrainParams(ObservationParams, NetworkParams):
     missed_tile_penalty: float = Field(
         ge=0, le=1000, description="reward lost when a road tile is left behind unvisited"
     )
-    missed_gap_limit: float = Field(
-        ge=0, le=10_000, description="most that tiles missed at a stretch cost together; 0 = no limit"
-    )
     bootstrap_lap: bool = Field(
         description="the end of a lap is bootstrapped like a time limit (the car can't see it), not an end worth 0"
     )
     reverse_laps: Probability = Field(description="share of training episodes that drive the lap the other way round")
     retries: Int = Field(
-        ge=0, le=20, description="more tries at the road around a missed tile or where the car was lost; 0 = none"
-    )
-    thrown_starts: Probability = Field(
-        description="share of training episodes after which the car is thrown off their road, to find back"
+        ge=0, le=20, description="more tries at the road before a missed tile or where the car was lost; 0 = none"
     )
     time_penalty: float = Field(ge=0, le=10, description="extra reward lost per frame, on top of the game's 0.1")
     steer_penalty: float = Field(ge=0, le=10, description="reward lost per decision per squared change of steering")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from typing import Any
 
@@ -29,7 +28,6 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
         frames_on_grass: Frames since three wheels left the road.
         frames_stalled: Frames since the last new tile.
         mistake: Decisions until the car reached the first tile that it then missed, or until it was lost; else None.
-        strayed: That mistake is that the car was lost: it left the road, or stood.
     """
 
     def __init__(self, env: gym.Env[Any, Any], params: TrainParams) -> None:
@@ -43,9 +41,7 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
         self._decisions = self._frames = self.frames_on_grass = self.frames_stalled = self._tiles = 0
         self.front = self._missed = 0
         self._fronts: list[int] = []  # after each decision
-        self._gap_price = 0.0  # paid for the present stretch of missed tiles
         self.mistake: int | None = None
-        self.strayed = False
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         self._begin()
@@ -62,7 +58,7 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
         self._lost = terminated and not info["lap_finished"]  # hopeless, or off the playfield
         if self._lost and self.mistake is None:
             astray = max(self.frames_on_grass, self.frames_stalled) // self.params.frame_skip
-            self.mistake, self.strayed = max(self._decisions - astray, 0), True
+            self.mistake = max(self._decisions - astray, 0)
         if (info["lap_finished"] or self._lap_over()) and self.params.bootstrap_lap:
             # The car can't see that the lap ends here: to the learner the road goes on.
             terminated, truncated = False, True
@@ -93,34 +89,14 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
         self._tiles = car.tile_visited_count
         steer_change = float(action[0]) - self._steer
         self._steer = float(action[0])
-        # By distance: a beginner stands there a lot. At a crawl at least, for whoever is to learn to come back.
-        pace = max(car.speed(), params.grass_crawl) / FPS  # units per frame
+        missed = self._missed
+        self._missed += self._newly_missed()
         return (
-            self._price_of(self._newly_missed())
-            + params.grass_penalty * off_road * pace * frames
+            params.missed_tile_penalty * (self._missed - missed)
+            + params.grass_penalty * off_road * car.speed() / FPS * frames  # by distance: a beginner stands there a lot
             + params.time_penalty * frames
             + params.steer_penalty * steer_change**2
         )
-
-    def _price_of(self, missed: int) -> float:
-        """Of the tiles missed in this decision; those of a stretch cost no more than the limit together.
-
-        The way back to the road must not be dearer than a stand beside it. A stretch ends with the first decision that
-        leaves visited tiles alone behind.
-        """
-        self._missed += missed
-        if not missed:
-            if self._last_judged_is_visited():
-                self._gap_price = 0.0
-            return 0.0
-        limit = self.params.missed_gap_limit or math.inf
-        price = min(self.params.missed_tile_penalty * missed, limit - self._gap_price)
-        self._gap_price += price
-        return price
-
-    def _last_judged_is_visited(self) -> bool:
-        place = min(self.front - TILES_BEHIND, len(self._car_racing.track)) - 1
-        return place < 0 or self._car_racing.is_visited(place)
 
     def _newly_missed(self) -> int:
         """Tiles that the car has now left behind unvisited: each will keep the lap from being finished."""
@@ -133,10 +109,6 @@ class Shaping(gym.Wrapper[Any, Any, Any, Any]):
         if missed and self.mistake is None:
             self.mistake = bisect_left(self._fronts, missed[0])
         return len(missed)
-
-    def forgive(self) -> None:
-        """Count no frame against the limits that the car has stood or strayed so far."""
-        self.frames_on_grass = self.frames_stalled = 0
 
     def tiles_in_doubt(self) -> int:
         """Unvisited tiles just behind the foremost wheel, which the next decisions visit or miss."""

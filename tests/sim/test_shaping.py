@@ -55,26 +55,21 @@ def test_time_and_steering_cost_what_they_say(monkeypatch: pytest.MonkeyPatch) -
     assert [step[1] for step in shaped_episode(shaped, actions)] == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("crawl", [0.0, 30.0])
-def test_grass_costs_by_share_of_wheels_and_way_and_ends_the_episode(
-    crawl: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    params = {**NO_SHAPING, "grass_penalty": 0.5, "grass_crawl": crawl, "grass_limit": 20, "early_end_penalty": 30.0}
+def test_grass_costs_by_share_of_wheels_and_way_and_ends_the_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = {**NO_SHAPING, "grass_penalty": 0.5, "grass_limit": 20, "early_end_penalty": 30.0}
     env = make_training_env(train_params(monkeypatch, **params), 0)
     theirs = stock()
     theirs.reset(seed=7)
     game: Any = theirs.unwrapped
     action = np.array([1, 0.6], np.float32)  # a hard turn, off the road
     steps = shaped_episode(env, [action] * 100)
-    on_grass, expected, speeds = 0, [], []
+    on_grass, expected = 0, []
     for _ in steps:
         reward = held(theirs, to_pedals(action), 4)[1]
         share = sum(len(wheel.tiles) == 0 for wheel in game.car.wheels) / 4
         on_grass = on_grass + 4 if share >= 0.75 else 0
         speed = float(np.linalg.norm(game.car.hull.linearVelocity))
-        speeds.append(speed)
-        expected.append(reward - 0.5 * share * max(speed, crawl) / 50 * 4 - (30 if on_grass >= 20 else 0))
-    assert min(speeds) < 30 < max(speeds)
+        expected.append(reward - 0.5 * share * speed / 50 * 4 - (30 if on_grass >= 20 else 0))
     assert on_grass == 20  # the episode ended with the decision that reached the limit
     assert [step[1] for step in steps] == pytest.approx(expected, abs=1e-6)
     assert [step[2] for step in steps] == [False] * (len(steps) - 1) + [True]
@@ -157,22 +152,6 @@ def test_each_tile_left_behind_costs_once(monkeypatch: pytest.MonkeyPatch) -> No
         drives.append(steps)
     assert len(missed) > 3
     assert sum(a[1] - b[1] for a, b in zip(*drives, strict=True)) == pytest.approx(7.0 * len(missed))
-
-
-def test_tiles_missed_at_a_stretch_cost_no_more_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = make_training_env(train_params(monkeypatch, env_id="FastCarRacing-v3", **NO_SHAPING), 0)
-    costly = {**NO_SHAPING, "missed_tile_penalty": 7.0, "missed_gap_limit": 17.0}
-    shaped = make_training_env(train_params(monkeypatch, env_id="FastCarRacing-v3", **costly), 0)
-    detours: Callable[[int], float] = lambda frame: 16.0 if 200 < frame < 230 or 500 < frame < 530 else 0.0  # noqa: E731
-    drives = []
-    for env in (plain, shaped):
-        env.reset(seed=7)
-        steps, missed = lap(env, detours, 800)
-        drives.append(steps)
-    front = sorted(missed)
-    (between,) = [place for place in range(1, len(front)) if front[place] - front[place - 1] > 20]
-    assert min(between, len(front) - between) >= 3, "two detours, each dearer than the limit"
-    assert sum(a[1] - b[1] for a, b in zip(*drives, strict=True)) == pytest.approx(2 * 17.0)
 
 
 @pytest.mark.parametrize(("bootstrap", "reverse"), [(True, False), (False, False), (True, True)])

@@ -12,17 +12,7 @@ from numpy.typing import NDArray
 from pipeline.config import FIRST_TRAINING_TRACK, track_list
 from pipeline.sim.env import find_wrapper
 from pipeline.sim.shaping import Shaping
-from pipeline.sim.training_env import (
-    AFTER,
-    BEFORE,
-    BEFORE_OR_ASTRAY,
-    BRAKED,
-    SEIZED,
-    TrackSequence,
-    is_reversed,
-    make_training_env,
-    training_track,
-)
+from pipeline.sim.training_env import AFTER, BEFORE, TrackSequence, is_reversed, make_training_env, training_track
 from tests.conftest import ROOT
 from tests.sim.driving import drive_to
 from tests.sim.games import steering, train_params
@@ -154,90 +144,6 @@ def test_a_try_goes_back_to_the_road_before_the_mistake(swerved: Any) -> None:
     assert len(steps) == before + AFTER
     assert "episode" not in last[4]
     assert env.reset()[1]["episode_index"] == 1
-
-
-def test_where_the_car_was_lost_tries_begin_beside_the_road_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = {"retries": 12, "stall_limit": 0, "grass_limit": 100}
-    env = make_training_env(train_params(monkeypatch, env_id="FastCarRacing-v3", **limits), 0)
-    game: Any = env.unwrapped
-    shaping = find_wrapper(env, Shaping)
-    env.reset()
-    full_lock = np.array([1, 0.3], np.float32)
-    starts = []
-    for _ in range(12):
-        while not env.step(full_lock)[2]:
-            pass
-        mistake = shaping.mistake
-        assert shaping.strayed
-        assert env.reset()[1]["episode_index"] == 0
-        starts.append((shaping._decisions - mistake, game.wheels_on_grass()))
-    assert all(-BEFORE_OR_ASTRAY[1] <= after <= -BEFORE_OR_ASTRAY[0] for after, _ in starts)
-    assert {grass for after, grass in starts if after > 0} == {1.0}
-    assert min(after for after, _ in starts) < 0 < max(after for after, _ in starts)
-
-
-@pytest.fixture
-def thrown(monkeypatch: pytest.MonkeyPatch) -> TrackSequence:
-    """An environment that throws the car after every episode, at the end of its first."""
-    params = {"thrown_starts": 1.0, "grass_limit": 200, "stall_limit": 200}
-    env = make_training_env(train_params(monkeypatch, env_id="FastCarRacing-v3", **params), 0)
-    env.reset()
-    drive(env)
-    return env
-
-
-def test_a_thrown_car_is_off_the_road_somewhere_on_its_drive(thrown: TrackSequence) -> None:
-    game: Any = thrown.unwrapped
-    grass, ways = [], []
-    for episode in range(6):
-        driven = list(thrown._actions)
-        assert thrown.reset()[1]["episode_index"] == episode, "a try of the same track"
-        ways.append(len(thrown._actions))
-        same = [np.array_equal(a, b) for a, b in zip(driven, thrown._actions, strict=False)]
-        ours = ways[-1] - (same.index(False) if False in same else len(same))
-        assert SEIZED[0] <= ours <= SEIZED[1] + BRAKED[1]
-        grass.append(game.wheels_on_grass())
-        shaping = find_wrapper(thrown, Shaping)
-        assert (shaping.frames_on_grass, shaping.frames_stalled) == (0, 0), "it has all the time to come back"
-        drive(thrown)
-        assert thrown.reset()[1]["episode_index"] == episode + 1
-        drive(thrown)
-    assert sum(share == 1 for share in grass) >= 3
-    assert len(set(ways)) == 6
-
-
-def test_a_thrown_car_that_is_back_on_new_tiles_has_succeeded(thrown: TrackSequence) -> None:
-    ends = set()
-    for _ in range(16):
-        thrown.reset()
-        is_try = thrown._goal is not None  # else a drive from the start, or one that the throw ended
-        _, steps = drive(thrown)
-        *_, before, last = steps
-        if is_try:
-            ends.add((last[2], last[3], last[4]["retry"]))
-            assert "episode" not in last[4]
-        if is_try and last[3]:
-            assert len(steps) >= AFTER
-            assert last[4]["tiles"] > before[4]["tiles"]
-    assert ends == {(False, True, 1.0), (True, False, 0.0)}, "back, or lost for good"
-
-
-def test_a_throw_is_replayed(thrown: TrackSequence) -> None:
-    driven = list(thrown._actions)
-    thrown.reset()
-    actions, steps = drive(thrown)
-    other = make_training_env(thrown.get_wrapper_attr("params"), 0)
-    # Without the last action, which would end the try and begin the next episode.
-    np.testing.assert_array_equal(other.replay(0, np.array([*driven, *actions[:-1]])), steps[-2][0])
-
-
-def test_a_share_of_the_episodes_is_thrown(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = make_training_env(train_params(monkeypatch, thrown_starts=0.25), 0)
-    thrown = []
-    for episode in range(2000):
-        env.episode = episode
-        thrown.append(env._is_to_be_thrown())
-    assert np.mean(thrown) == pytest.approx(0.25, abs=0.03)
 
 
 def test_tries_are_counted(swerved: Any) -> None:
