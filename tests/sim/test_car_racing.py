@@ -1,11 +1,15 @@
 """FastCarRacing's claim: all but the picture is gym.make("CarRacing-v3")'s, to the bit."""
 
+import gc
 import pickle
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import psutil
 import pytest
+from Box2D import b2World
+from gymnasium.envs.box2d.car_dynamics import Car
 from gymnasium.envs.box2d.car_racing import CarRacing
 from gymnasium.utils.env_checker import check_env
 
@@ -148,3 +152,17 @@ def test_lazy_pictures_are_stock() -> None:
     ours = [step[0] for step in play(lazy, 8, donut, 10)]
     theirs = [step[0] for step in play(stock, 8, donut, 10)]
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_car_is_freed_with_all_its_shapes() -> None:
+    """Gymnasium's, with pybox2d's own definitions, keeps 2.4 KB: 10 MB here."""
+    world = b2World((0, 0))
+
+    def memory_after_cars(n: int) -> int:
+        for _ in range(n):
+            Car(world, 0.0, 1.0, 2.0).destroy()
+        gc.collect()
+        return int(psutil.Process().memory_info().rss)
+
+    before = memory_after_cars(500)
+    assert memory_after_cars(4000) - before < 3e6
