@@ -208,7 +208,11 @@ class Run:
         except OSError as problem:  # the disk is full, which is what ended the work
             log.warning("MLflow can't be told that the run is %s (%s)", status, first_line(problem))
         assert self._sender
-        self._sender.close(in_a_hurry=status == "KILLED")
+        try:
+            self._sender.close(in_a_hurry=status == "KILLED")
+        except BaseException:  # told to stop while the last of a finished training is sent
+            self._sender.close(in_a_hurry=True)
+            raise
         with self.spool:
             pass
         self._held.release()

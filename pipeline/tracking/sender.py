@@ -29,15 +29,21 @@ STOPPING_SECONDS = 3.0
 """Patience of an interrupted one, which must be gone within 10 s."""
 
 
-def send(client: MlflowClient, path: Path, on_run: Callable[[str], None] = lambda run_id: None) -> int:
+def send(
+    client: MlflowClient,
+    path: Path,
+    on_run: Callable[[str], None] = lambda run_id: None,
+    in_a_hurry: Callable[[], bool] = lambda: False,
+) -> int:
     """Send everything unsent in order; returns the number of entries. Raises what MLflow raises, losing nothing.
 
     Args:
         client: Of the store.
         path: The spool.
         on_run: Called with MLflow's id of the run as soon as the run is there.
+        in_a_hurry: Asked on the way; once it says so, the run's status goes before all that is left.
     """
-    count = 0
+    count, hurried = 0, False
     with FileLock(path.with_suffix(".lock"), timeout=60):  # `sync` and the run itself must not begin it twice
         run_id = _run_of(client, path)
         if run_id is None:
@@ -48,6 +54,10 @@ def send(client: MlflowClient, path: Path, on_run: Callable[[str], None] = lambd
             if offset == spools.sent_bytes(path):
                 return count
             for kind, group in itertools.groupby(entries, _kind):
+                if in_a_hurry() and not hurried:
+                    statuses = [entry for entry in spools.read_all(path, b'"status"') if "status" in entry]
+                    _send_status(client, run_id, path.parent, statuses[-1:])
+                    hurried = True
                 _SENDERS[kind](client, run_id, path.parent, group)
             spools.note_sent(path, offset)
             count += len(entries)
@@ -151,7 +161,7 @@ class Sender:
         interval: float = 1.0,
     ) -> None:
         self._spool, self._on_run, self._client, self._interval = spool, on_run, client, interval
-        self._stop = threading.Event()
+        self._stop, self._hurry = threading.Event(), threading.Event()
         self._complained = self._done = self._given_up = False
         # A daemon: the process may end while the server makes this thread wait.
         self._thread = threading.Thread(target=self._run, name="mlflow-sender", daemon=True)
@@ -167,7 +177,7 @@ class Sender:
     def _try(self) -> bool:
         try:
             self._client = self._client or connect()
-            send(self._client, self._spool.path, self._on_run)
+            send(self._client, self._spool.path, self._on_run, self._hurry.is_set)
         except Exception as error:  # whatever the server or the network did: training goes on
             level = logging.DEBUG if self._complained else logging.WARNING  # an outage is told once, not every 10 s
             log.log(level, "MLflow takes nothing at present (%s); kept in %s", first_line(error), self._spool.path)
@@ -182,7 +192,10 @@ class Sender:
         """Send the rest; returns whether all is sent. If not, it stays in the spool.
 
         Waits ``FINISHING_SECONDS``, or ``STOPPING_SECONDS`` in a hurry and where the server is in trouble already.
+        May be called again, in a hurry, when the first call was interrupted.
         """
+        if in_a_hurry:
+            self._hurry.set()
         self._stop.set()
         self._thread.join(STOPPING_SECONDS if in_a_hurry or self._complained else FINISHING_SECONDS)
         if not self._done:

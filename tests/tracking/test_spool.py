@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from stable_baselines3.common.logger import Logger
 
+from pipeline.tracking.run import Run
 from pipeline.tracking.sender import Sender, send
 from pipeline.tracking.spool import Spool, sent_bytes, unsent
 from pipeline.tracking.store import connect
@@ -145,6 +146,44 @@ def test_a_server_away_till_the_end_leaves_all_for_later(tmp_path: Path):
     assert not Sender(spool, client=server, interval=60).close()  # type: ignore[arg-type]
     server.away.clear()
     assert send(server, spool.path) == 5  # type: ignore[arg-type]
+
+
+def test_in_a_hurry_the_status_goes_first_and_the_rest_waits(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = begun()
+    spool = Spool(project / "s.jsonl", run.id)
+    spool.put({"tags": {"status": "a tag of that name"}})
+    (project / "note.txt").write_text("kept")
+    spool.artifact(project / "note.txt", "")
+    spool.put({"status": "FINISHED", "time": 1})
+    client = connect()
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        raise ConnectionError("time is up")
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", slow)
+    monkeypatch.setattr(MlflowClient, "log_batch", slow)
+    with pytest.raises(ConnectionError):
+        send(client, spool.path, in_a_hurry=lambda: True)
+    assert client.get_run(run.id).info.status == "FINISHED"
+    assert sent_bytes(spool.path) == 0, "the rest is sent later, in its order"
+
+
+def test_a_finished_run_that_is_told_to_stop_while_it_sends_hurries(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, real = [], Sender.close
+
+    def interrupted(sender: Sender, in_a_hurry: bool = False) -> bool:
+        closed.append(in_a_hurry)
+        if len(closed) == 1:
+            raise SystemExit(143)
+        return real(sender, in_a_hurry)
+
+    monkeypatch.setattr(Sender, "close", interrupted)
+    with pytest.raises(SystemExit), Run.begin("one", {}, {}) as run:
+        pass
+    assert closed == [False, True]
+    assert connect().get_run(run.id).info.status == "FINISHED"
 
 
 def test_a_torn_last_line_waits_and_does_not_spoil_what_comes_after(tmp_path: Path):
