@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 import torch as th
 from numpy.typing import NDArray
 
+from pipeline import evaluate
 from pipeline.agent.policy import build_network, load, save
 from pipeline.config import NetworkParams, ObservationParams
 from pipeline.evaluation import Episode, Evaluator, drive, interval, iqm, read_table, summarize, write_table
+from tests.conftest import ROOT
 
 OBSERVATION = ObservationParams(frame_skip=5, frames_stack=3, grayscale=True, resize=48, action_axes="steer_throttle")
 NETWORK = NetworkParams(
@@ -143,3 +146,18 @@ def test_episodes_do_not_depend_on_the_number_of_workers(policy: Path) -> None:
     assert [e.track for e in alone] == tracks
     assert sorted(told, key=lambda e: e.track) == sorted(alone, key=lambda e: e.track)
     assert drive(load(policy), 10002) == alone[2]
+
+
+def test_the_folder_of_the_figures_is_there_before_the_driving(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "new/figures.json"
+
+    def driven(*_: Any) -> list[Episode]:
+        assert place.parent.is_dir()
+        return [episode(1, 500.0), episode(2, 700.0)]
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(evaluate, "drive_tracks", driven)
+    evaluate.main(["--policy", str(policy), "--json", str(place)])
+    assert json.loads(place.read_text())["mean"] == 600.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import TrainParams, cores, load
+from pipeline.sweep.__main__ import main
 from pipeline.sweep.confirm import _is_confirmed
 from pipeline.sweep.definition import SweepError
 from pipeline.sweep.job import Job, figures
@@ -170,3 +172,25 @@ def test_a_winner_is_confirmed_by_all_trainings_on_fresh_seeds(
     search: Any = SimpleNamespace(sweep=SimpleNamespace(fresh_seeds=(1, 2)))
     difference: Any = None if gain is None else SimpleNamespace(mean=gain)
     assert _is_confirmed(search, scores, difference) is confirmed
+
+
+def test_a_cluster_without_ray_is_one_message(
+    params_here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "pipeline.sweep.on_ray", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main(["--seeds", "0:1", "--ray", "10.0.0.5:6379"])
+    assert ended.value.code == 2
+    assert "Ray is not installed" in capsys.readouterr().err
+
+
+def test_local_is_a_cluster_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray without an address joins the one it finds on the machine."""
+    ray = pytest.importorskip("ray")
+    from pipeline.sweep.on_ray import _connect
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "init", lambda **options: asked.update(options))
+    _connect("local")
+    assert (asked["address"], asked["include_dashboard"]) == ("local", False)

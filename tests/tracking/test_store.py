@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from pipeline.tracking.store import (
     PRIMARY_METRIC,
@@ -22,6 +24,7 @@ from pipeline.tracking.store import (
     in_one_message,
     refuse_impossible,
 )
+from tests.conftest import ROOT
 from tests.tracking.runs import begun
 
 BEGIN = "from pipeline.tracking.run import Run; print(Run.begin('one', {'seed': 0}, {}).flush())"
@@ -161,3 +164,22 @@ def test_the_server_of_the_environment_wins(server: str, bare_project: Path, mon
     assert stored.data.params == {"seed": "7"}
     assert [file.path for file in MlflowClient(server).list_artifacts(run.id)] == ["note.txt"]
     assert not (bare_project / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "work", "arguments"),
+    [("demo", "demo", []), ("compare", "compare_policies", ["models/champion.safetensors", "b.safetensors"])],
+)
+def test_a_server_that_refuses_in_between_is_one_message(
+    module: str, work: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: object) -> None:
+        raise MlflowException("no permission")
+
+    monkeypatch.chdir(ROOT)
+    command = importlib.import_module(f"pipeline.{module}")
+    monkeypatch.setattr(command, work, refused)
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments)
+    assert ended.value.code == 2
+    assert "can't be used: no permission" in capsys.readouterr().err
