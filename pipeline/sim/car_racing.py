@@ -25,7 +25,7 @@ def owning_fixture_def(**settings: Any) -> Any:
     """``Box2D.b2.fixtureDef``, whose shape is freed with it.
 
     pybox2d takes a shape's memory out of Python's hands when it is given to a definition, and never frees it: 304
-    bytes a fixture, eight fixtures a car, a car an episode. Where episodes are short, that is 30 MiB an hour.
+    bytes a fixture, eight fixtures a car, a car an episode.
     """
     definition = fixtureDef(**settings)
     definition.owned = settings["shape"]  # lives as long as the definition that points to it
