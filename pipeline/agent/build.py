@@ -57,10 +57,13 @@ def build_model(params: TrainParams, env: SharedMemoryVecEnv) -> DrivingPPO:
         policy_kwargs={
             **network_kwargs(params, dtype),
             "state_size": STATE_SIZE if params.privileged_critic else 0,
+            "tells_state": params.state_coef > 0,
             "optimizer_kwargs": {"eps": 1e-5, "fused": True},
         },
         device=device,
         generator=np.random.default_rng(params.seed),
         update_threads=params.num_threads or cores(),
+        state_coef=params.state_coef,
+        desired_kl=params.desired_kl,
         reward_scaler=RewardScaler(env.num_envs, params.gamma, params.normalize_reward, params.reward_clip),
     )

@@ -28,7 +28,7 @@ from pipeline.sim.vec_env import EnvState
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 HEADER_KEY = "carracing-state"
 KEPT = 3
 """Newest states kept; the last may be damaged by whatever ended the run, so older ones stand behind it."""
@@ -86,6 +86,7 @@ def capture(model: DrivingPPO, extra: Mapping[str, Any]) -> State:
         "machine": machine(model),
         "num_timesteps": model.num_timesteps,
         "n_updates": model._n_updates,
+        "slowdown": model.slowdown,
         "random.numpy": model.generator.bit_generator.state,
         "scaler": [float(statistics.mean), float(statistics.var), float(statistics.count)],
         "episodes": list(model.ep_info_buffer or ()),
@@ -102,6 +103,7 @@ def restore(model: DrivingPPO, state: State) -> None:
     model.policy.load_state_dict(weights, strict=False)  # copies in place, so channels-last strides stay
     _restore_adam(model.policy.optimizer, tensors)
     model.num_timesteps, model._n_updates = header["num_timesteps"], header["n_updates"]
+    model.slowdown = header["slowdown"]
     model.generator.bit_generator.state = header["random.numpy"]
     scaler = model.reward_scaler
     mean, var, count = header["scaler"]

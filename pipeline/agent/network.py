@@ -17,6 +17,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
 from pipeline.config import NetworkParams
+from pipeline.sim.driving_state import VISIBLE
 
 LOG_2 = math.log(2)
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
@@ -161,7 +162,8 @@ class DrivingNetwork(ActorCriticCnnPolicy):
 
     With ``state_size`` it has a second critic, which reads the simulator's state instead of the picture and which only
     the training asks (Pinto et al. 2017, "Asymmetric actor critic for image-based robot learning"): what the picture
-    hides is no noise in its advantages. The first one goes on learning from the same returns.
+    hides is no noise in its advantages. The first one goes on learning from the same returns, by the features as the
+    actor needs them: what one lost car does to the value loss would undo what the policy has learned (docs/recipe.md).
     """
 
     def __init__(
@@ -171,15 +173,18 @@ class DrivingNetwork(ActorCriticCnnPolicy):
         lr_schedule: Schedule,
         action_head: Literal["beta", "gaussian", "gsde"] = "beta",
         state_size: int = 0,
+        tells_state: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.action_head, self.state_size = action_head, state_size
+        self.action_head, self.state_size, self.tells_state = action_head, state_size, tells_state
         kwargs["use_sde"] = action_head == "gsde"  # PPO passes its own, equal, value
         super().__init__(observation_space, action_space, lr_schedule, normalize_images=False, **kwargs)
         # Not earlier: orthogonal initialisation needs contiguous weights.
         self.to(memory_format=th.channels_last)  # type: ignore[call-overload]
 
     def _build(self, lr_schedule: Schedule) -> None:
+        if self.tells_state:
+            self.state_head = nn.Linear(self.features_dim, len(VISIBLE))
         if self.state_size:
             self.state_critic = state_critic(self.state_size)
         if self.action_head != "beta":
@@ -210,6 +215,28 @@ class DrivingNetwork(ActorCriticCnnPolicy):
         """Distribution of the actions at observations (n, c, h, w) uint8."""
         latent_pi = self.mlp_extractor.forward_actor(self.extract_features(obs))
         return self._get_action_dist_from_latent(latent_pi)
+
+    def evaluate_actions(self, obs: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """Values (n, 1), log probabilities (n,) and entropies (n,) of actions (n, action_dim) at observations."""
+        return self.judge(self.extract_features(obs), actions)
+
+    def judge(self, features: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """The same of features (n, features_dim)."""
+        distribution = self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(features))
+        seen = features.detach() if self.state_size else features
+        values = self.value_net(self.mlp_extractor.forward_critic(seen))
+        return values, distribution.log_prob(actions), distribution.entropy()
+
+    def gradient_groups(self) -> list[list[nn.Parameter]]:
+        """The parameters, in groups that share no gradient: all in one, or the actor and each critic by itself."""
+        if not self.state_size:
+            return [list(self.parameters())]
+        groups: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            of_critic = name.startswith(("value_net.", "mlp_extractor.value_net."))
+            group = "picture" if of_critic else "state" if name.startswith("state_critic.") else "actor"
+            groups.setdefault(group, []).append(parameter)
+        return list(groups.values())
 
     def predict_values(self, obs: Any) -> th.Tensor:
         """(n, 1) values at observations (n, c, h, w) uint8."""

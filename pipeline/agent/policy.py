@@ -33,6 +33,8 @@ MAX_ZIP_MEMBER = 256 * 1024 * 1024
 """Bytes of weights accepted from a third-party zip; a small file can unpack to terabytes."""
 
 
+HELPERS = ("state_critic.", "state_head.")
+"""Parts of the network that only a training asks."""
 _ADVICE = {
     "action_net.bias": "; is action_axes the one it was trained with?",
     "features_extractor.cnn.0.weight": "; are frames_stack and grayscale those it was trained with?",
@@ -121,8 +123,9 @@ class Policy:
 def load_weights(module: DrivingNetwork, weights: dict[str, th.Tensor]) -> None:
     """Copy weights into a network of the same shape, else raise :class:`PolicyError`."""
     expected = without_aliases(module.state_dict())
-    if len(driving(weights)) == len(weights):
-        expected = driving(expected)  # a policy trained without it, or shipped: the training's critic starts afresh
+    for helper in HELPERS:
+        if not any(name.startswith(helper) for name in weights):
+            expected = _without(expected, helper)  # a policy trained without it, or shipped: the helper starts afresh
     wrong = [k for k in expected.keys() | weights.keys() if _shape(expected, k) != _shape(weights, k)]
     if wrong:
         key = min(wrong)
@@ -146,7 +149,8 @@ def warm_start(params: TrainParams) -> dict[str, th.Tensor]:
     if wrong:
         differences = "; ".join(f"{key}: expected {theirs[key]}, got {getattr(params, key)}" for key in wrong)
         raise PolicyError(f"warm_start: {path} was trained with other parameters: {differences}")
-    return initial.weights if params.privileged_critic else driving(initial.weights)
+    helpers = {"state_critic.": params.privileged_critic, "state_head.": params.state_coef > 0}
+    return _without(initial.weights, *(name for name, is_asked in helpers.items() if not is_asked))
 
 
 def without_aliases(weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
@@ -155,8 +159,8 @@ def without_aliases(weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
 
 
 def driving(weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
-    """The weights that drive, and the picture's critic: all but the critic that only a training asks."""
-    return _without(weights, "state_critic.")
+    """The weights that drive, and the picture's critic: all but what only a training asks."""
+    return _without(weights, *HELPERS)
 
 
 def _without(weights: dict[str, th.Tensor], *prefixes: str) -> dict[str, th.Tensor]:

@@ -16,18 +16,19 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
-from stable_baselines3.common.utils import explained_variance
+from stable_baselines3.common.utils import explained_variance, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from pipeline.agent.network import DrivingNetwork, fold
 from pipeline.agent.reward import RewardScaler
 from pipeline.sim.driving_state import KEY as STATE
+from pipeline.sim.driving_state import STATE_SIZE, VISIBLE
 from pipeline.sim.vec_env import SharedMemoryVecEnv
 
 NO_STATE = np.zeros(0, np.float32)
 UPDATE_STATISTICS = (
-    "policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "loss"
+    "policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "loss", "state_loss"
 )  # fmt: skip
 APPROX_KL = UPDATE_STATISTICS.index("approx_kl")
 
@@ -57,6 +58,8 @@ class DrivingPPO(PPO):
         reward_scaler: Applied to the rewards before advantages are estimated.
         generator: Shuffles the minibatches; its state fits in a checkpoint.
         update_threads: Torch's threads in the update; the rollout has one.
+        desired_kl: KL divergence of an update [nats] above which the learning rate falls below its schedule; 0 = never.
+        state_coef: Weight of the loss that makes the features tell what the picture shows of the simulator's state.
     """
 
     policy: DrivingNetwork
@@ -68,12 +71,17 @@ class DrivingPPO(PPO):
         reward_scaler: RewardScaler,
         generator: np.random.Generator,
         update_threads: int,
+        state_coef: float = 0.0,
+        desired_kl: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.reward_scaler, self.generator, self.update_threads = reward_scaler, generator, update_threads
-        # What the state critic reads before each decision of the rollout, and after the last one.
-        self.states = np.zeros((self.n_steps + 1, self.n_envs, self.policy.state_size), np.float32)
+        self.state_coef, self.desired_kl = state_coef, desired_kl
+        self.slowdown = 1.0  # learning rate, as a share of its schedule's
+        # What the simulator knows before each decision of the rollout, and after the last one.
+        state_size = STATE_SIZE if self.policy.state_size or state_coef else 0
+        self.states = np.zeros((self.n_steps + 1, self.n_envs, state_size), np.float32)
 
     def restore_episodes(self, episodes: Sequence[dict[str, Any]]) -> None:
         """Refill the running statistics of the latest episodes, oldest first."""
@@ -151,7 +159,7 @@ class DrivingPPO(PPO):
 
     def _tell_states(self, step: int, infos: list[dict[str, Any]], begun: NDArray[np.bool_]) -> None:
         """Note the states before decision ``step``: those of the infos, or of the resets where an episode has begun."""
-        if self.policy.state_size:
+        if self.states.size:
             sources = zip(infos, self.env.reset_infos, begun, strict=True)
             self.states[step] = [(reset if new else info)[STATE] for info, reset, new in sources]
 
@@ -206,7 +214,9 @@ class DrivingPPO(PPO):
         """
         self.policy.set_training_mode(True)
         th.set_num_threads(self.update_threads)
-        self._update_learning_rate(self.policy.optimizer)
+        learning_rate = self.slowdown * self.lr_schedule(self._current_progress_remaining)
+        update_learning_rate(self.policy.optimizer, learning_rate)
+        self.logger.record("train/learning_rate", learning_rate)
         clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         data = self._flat_rollout()
         statistics: list[th.Tensor] = []
@@ -215,7 +225,21 @@ class DrivingPPO(PPO):
             self._n_updates += 1
             if not near:
                 break
-        self._record_update(th.stack(statistics).mean(dim=0).tolist(), clip_range)
+        means = th.stack(statistics).mean(dim=0).tolist()
+        self._record_update(means, clip_range)
+        self._adapt(means[APPROX_KL])
+
+    def _adapt(self, kl: float) -> None:
+        """Lower the next update's learning rate if this one moved the policy too far, else let it rise again.
+
+        The surer a policy is, the further the same step takes it: at a learning rate that taught a beginner, one that
+        drives well falls apart (docs/recipe.md). After Rudin et al. (2021), "Learning to walk in minutes using
+        massively parallel deep reinforcement learning", where the rate may rise without end.
+        """
+        if self.desired_kl and kl > 1.5 * self.desired_kl:
+            self.slowdown /= 1.5
+        elif kl < self.desired_kl / 1.5:
+            self.slowdown = min(1.0, 1.1 * self.slowdown)
 
     def _pass_over(self, data: Rollout, clip_range: float, statistics: list[th.Tensor]) -> bool:
         """One pass; adds each minibatch's statistics. Returns False if it ended early, beyond ``target_kl``."""
@@ -245,7 +269,8 @@ class DrivingPPO(PPO):
 
     def _loss(self, batch: Rollout, clip_range: float) -> tuple[th.Tensor, th.Tensor]:
         """PPO's loss on a minibatch, and its ``UPDATE_STATISTICS``."""
-        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, batch.actions)
+        features = self.policy.extract_features(batch.observations)
+        values, log_prob, entropy = self.policy.judge(features, batch.actions)
         advantages = batch.advantages
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         log_ratio = log_prob - batch.log_probs
@@ -255,22 +280,26 @@ class DrivingPPO(PPO):
         value_loss = nn.functional.mse_loss(values.flatten(), batch.returns)
         entropy_loss = log_prob.mean() if entropy is None else -entropy.mean()
         loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+        state_loss = th.zeros(())
+        if self.state_coef:
+            told = self.policy.state_head(features)
+            state_loss = nn.functional.mse_loss(told, batch.states[:, VISIBLE])
+            loss = loss + self.state_coef * state_loss
         with th.no_grad():
             approx_kl = ((ratio - 1) - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
             clip_fraction = ((ratio - 1).abs() > clip_range).float().mean()
-            numbers = th.stack([policy_loss, value_loss, entropy_loss, approx_kl, clip_fraction, loss])
+            numbers = th.stack([policy_loss, value_loss, entropy_loss, approx_kl, clip_fraction, loss, state_loss])
         return loss, numbers
 
     def _descend(self, loss: th.Tensor, batch: Rollout) -> None:
-        """One step of the optimizer; gradients of the policy and of the state critic are clipped each by itself."""
+        """One step of the optimizer; gradients that share nothing are clipped each by themselves."""
         self.policy.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         if self.policy.state_size:
-            critic = self.policy.state_critic
-            critic_loss = nn.functional.mse_loss(critic(batch.states).flatten(), batch.returns)
-            critic_loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(critic.parameters(), self.max_grad_norm)
+            values = self.policy.state_critic(batch.states).flatten()
+            loss = loss + nn.functional.mse_loss(values, batch.returns)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for group in self.policy.gradient_groups():
+            nn.utils.clip_grad_norm_(group, self.max_grad_norm)
         self.policy.optimizer.step()
 
     def _record_update(self, means: list[float], clip_range: float) -> None:

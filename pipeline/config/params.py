@@ -150,9 +150,19 @@ class TrainParams(ObservationParams, NetworkParams):
     target_kl: float = Field(
         ge=0, le=10, description="an update stops at a minibatch whose KL is over 1.5 times this [nats]; 0 = no limit"
     )
+    desired_kl: float = Field(
+        ge=0,
+        le=10,
+        description="the learning rate sinks below its schedule while an update's KL is above [nats]; 0 = never",
+    )
     ent_coef: float = Field(ge=0, le=1, description="weight of the entropy bonus")
     privileged_critic: bool = Field(
         description="advantages from a critic that reads the simulator's state; the policy sees pictures alone"
+    )
+    state_coef: float = Field(
+        ge=0,
+        le=1000,
+        description="weight of the loss by which features learn to tell the simulator's visible state",
     )
     vf_coef: float = Field(ge=0, le=10, description="weight of the value loss")
     max_grad_norm: Positive = Field(le=1000, description="gradient norm is clipped to this")

@@ -16,6 +16,9 @@ PATH = np.array([-6, -3, 0, 2, 4, 6, 8, 10, 12, 15, 18, 21, 25, 30, 35, 40, 50, 
 """Road tiles whose places are told, counted from the foremost that the car has reached; a tile is 3.5 units long."""
 CAR = 19
 STATE_SIZE = CAR + 2 * len(PATH)
+VISIBLE = [*range(15), *range(CAR + 2, CAR + 16)]
+"""What the picture shows of a state: the car and its wheels, as they stand and as bars, and the road from 10 units
+behind to 35 ahead."""
 KEY = "driving_state"
 
 

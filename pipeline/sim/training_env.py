@@ -152,6 +152,6 @@ def make_training_env(params: TrainParams, index: int) -> TrackSequence:
     if params.action_axes == "steer_throttle":
         env = SteerThrottle(env)
     env = shaped = Shaping(env, params)
-    if params.privileged_critic:
+    if params.privileged_critic or params.state_coef:
         env = DrivingState(shaped)
     return TrackSequence(observed(env, params), params.seed, index, params.reverse_laps, params.retries)

@@ -106,15 +106,29 @@ def test_a_warm_start_takes_over_the_weights_whatever_the_frame_skip(saved: Path
         assert not model.policy.optimizer.state
 
 
-def test_a_warm_start_takes_over_the_trainings_critic(saved: Path) -> None:
+@pytest.mark.parametrize("helper", ["state_critic", "state_head"])
+def test_a_warm_start_takes_over_what_only_the_training_asks(saved: Path, helper: str) -> None:
     params = train_params(saved)
     with closing(SharedMemoryVecEnv([partial(make_training_env, params, 0)], n_workers=0)) as env:
         trained, fresh = build_model(params, env).policy, build_model(params, env).policy
-        th.nn.init.uniform_(trained.state_critic[0].weight)
+        name = next(name for name in trained.state_dict() if name.startswith(helper))
+        th.nn.init.uniform_(trained.state_dict()[name])
         save(saved, trained, params, params, steps=5)
         policies.load_weights(fresh, policies.warm_start(params))
-    assert th.equal(fresh.state_critic[0].weight, trained.state_critic[0].weight)
-    assert not any("critic" in name for name in load(saved).module.state_dict()), "nobody asks it who plays"
+    assert th.equal(fresh.state_dict()[name], trained.state_dict()[name])
+    assert not any(helper in name for name in load(saved).module.state_dict()), "nobody asks it who plays"
+
+
+def test_a_warm_start_begins_afresh_with_what_the_file_lacks(saved: Path) -> None:
+    """A policy of a training that had the critic and not the head, as they all were once."""
+    params = train_params(saved)
+    with closing(SharedMemoryVecEnv([partial(make_training_env, params, 0)], n_workers=0)) as env:
+        trained, fresh = build_model(params, env).policy, build_model(params, env).policy
+        initial = fresh.state_head.weight.clone()
+        older = {name: w + 1 for name, w in trained.state_dict().items() if not name.startswith("state_head.")}
+        policies.load_weights(fresh, policies.without_aliases(older))
+    assert th.equal(fresh.state_head.weight, initial)
+    assert th.equal(fresh.state_critic[0].weight, trained.state_critic[0].weight + 1)
 
 
 def test_a_warm_start_from_another_network_names_every_difference(saved: Path) -> None:

@@ -18,7 +18,7 @@ from pipeline.agent.build import build_model, schedule
 from pipeline.agent.ppo import DrivingPPO
 from pipeline.agent.reward import RewardScaler
 from pipeline.config import TrainParams, load
-from pipeline.sim.driving_state import KEY
+from pipeline.sim.driving_state import KEY, VISIBLE
 from pipeline.sim.training_env import make_training_env
 from pipeline.sim.vec_env import SharedMemoryVecEnv
 
@@ -35,6 +35,8 @@ def parameters(**changes: object) -> TrainParams:
         "precision": "fp32",
         "device": "cpu",
         "privileged_critic": False,
+        "state_coef": 0.0,
+        "desired_kl": 0.0,
     }
     return load(TrainParams, **{**small, **game, "total_timesteps": 1000, **changes})
 
@@ -210,24 +212,48 @@ def test_advantages_are_of_the_critic_that_reads_the_state(privileged: DrivingPP
     assert_gae(privileged, values[-1])
 
 
-def test_the_state_critic_learns_and_leaves_the_policys_update_alone(privileged: DrivingPPO) -> None:
-    """The same rollout without that critic moves the policy to the same weights."""
+def updated(model: DrivingPPO) -> dict[str, th.Tensor]:
+    """Weights after one update, which is then taken back."""
+    before = copy.deepcopy(model.policy.state_dict())
+    generator = model.generator.bit_generator.state
+    model.train()
+    after = copy.deepcopy(model.policy.state_dict())
+    model.policy.load_state_dict(before)
+    model.policy.optimizer.state.clear()
+    model.generator.bit_generator.state = generator
+    return after
+
+
+def test_what_the_critics_learn_leaves_the_actor_alone(privileged: DrivingPPO) -> None:
+    """Returns a thousand times as large move both critics, and no weight that an action depends on."""
     before = copy.deepcopy(privileged.policy.state_dict())
-    generator = privileged.generator.bit_generator.state
-    privileged.train()
-    after = copy.deepcopy(privileged.policy.state_dict())
-    privileged.policy.load_state_dict(before)
-    privileged.policy.optimizer.state.clear()
-    privileged.generator.bit_generator.state = generator
-    size, privileged.policy.state_size = privileged.policy.state_size, 0
-    privileged.train()
-    privileged.policy.state_size = size
-    for name, weight in privileged.policy.state_dict().items():
-        if name.startswith("state_critic."):
-            assert not th.equal(after[name], before[name])
-            assert th.equal(weight, before[name])
-        else:
-            assert th.equal(weight, after[name]), name
+    first = updated(privileged)
+    privileged.rollout_buffer.returns *= 1000
+    second = updated(privileged)
+    privileged.rollout_buffer.returns /= 1000
+    critics = ("value_net.", "mlp_extractor.value_net.", "state_critic.")
+    for name, weight in first.items():
+        assert not th.equal(weight, before[name]), name
+        assert th.equal(weight, second[name]) != name.startswith(critics), name
+
+
+def test_features_learn_to_tell_the_state() -> None:
+    """The loss is the mean squared error of what the head tells, and it falls; without it nothing tells anything."""
+    model = build(parameters(privileged_critic=True, state_coef=5.0, n_epochs=1, learning_rate=1e-3))
+    _, callback = model._setup_learn(N_ENVS * N_STEPS, CallbackList([]))
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, N_STEPS)
+    model._update_current_progress_remaining(0, 1)
+    told = []
+    for _ in range(60):
+        data = model._flat_rollout()
+        with th.no_grad():
+            head = model.policy.state_head(model.policy.extract_features(data.observations))
+        told.append(float((head - data.states[:, VISIBLE]).square().mean()))
+        model.train()
+        assert model.logger.name_to_value["train/state_loss"] == pytest.approx(told[-1], rel=1e-4)
+    model.env.close()
+    assert told[-1] < 0.7 * told[0]
+    assert not hasattr(build(parameters(privileged_critic=True)).policy, "state_head")
 
 
 @pytest.mark.parametrize("n_envs", [2, 3, 4])
@@ -260,3 +286,25 @@ def test_learning_rate(kind: str, halfway: float, end: float) -> None:
     assert rate(0.5) == pytest.approx(halfway)
     assert rate(0.0) == pytest.approx(end)
     assert rate(-0.02) == pytest.approx(end), "the last rollout ends past total_timesteps: never climb the loss"
+
+
+def test_the_learning_rate_sinks_while_updates_go_too_far_and_rises_to_its_schedule() -> None:
+    model = build(parameters(desired_kl=0.02, learning_rate=0.1, learning_rate_schedule="linear"))
+    rates = []
+    for kl in (0.031, 0.029, 0.5, 0.014, 0.013, *[0.001] * 9):
+        model._adapt(kl)
+        rates.append(model.slowdown)
+    up = 1.1 / 1.5**2
+    assert rates[:5] == pytest.approx([1 / 1.5, 1 / 1.5, 1 / 1.5**2, 1 / 1.5**2, up])
+    assert rates[5] == pytest.approx(1.1 * up)
+    assert rates[-1] == 1.0
+    _, callback = model._setup_learn(N_ENVS * N_STEPS, CallbackList([]))
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, N_STEPS)
+    model.slowdown = 0.3
+    model._update_current_progress_remaining(1, 2)
+    model.train()
+    model.env.close()
+    assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(0.3 * 0.05)
+    model.desired_kl = 0.0
+    model._adapt(100.0)
+    assert model.slowdown <= 0.33, "0 lowers nothing"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import TrainParams, load
-from pipeline.sim.driving_state import CAR, KEY, PATH, STATE_SIZE, DrivingState
+from pipeline.sim.driving_state import CAR, KEY, PATH, STATE_SIZE, VISIBLE, DrivingState
 from pipeline.sim.env import find_wrapper
 from pipeline.sim.training_env import make_training_env
 from tests.conftest import ROOT
@@ -72,9 +72,16 @@ def test_motion_and_wheels_are_the_games(env: Any) -> None:
     assert state[11:15].mean() == game.wheels_on_grass()
 
 
+def test_what_is_called_visible_can_be_seen() -> None:
+    """Road points within the picture, which ends 12 units behind the car and 37 ahead, and nothing that is counted."""
+    tiles = PATH[[(index - CAR) // 2 for index in VISIBLE if index >= CAR]]
+    assert sorted(set(tiles)) == [tile for tile in PATH if -12 <= 3.5 * tile <= 37]
+    assert [index for index in range(CAR) if index not in VISIBLE] == [15, 16, 17, 18]  # grass, stall, doubt, reverse
+
+
 def test_pictures_and_rewards_are_the_same_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    told, plain = (make_training_env(load(TrainParams, privileged_critic=p), 0) for p in (True, False))
+    told, plain = (make_training_env(load(TrainParams, privileged_critic=p, state_coef=0.0), 0) for p in (True, False))
     told.reset()
     plain.reset()
     for action in np.random.default_rng(1).uniform(-1, 1, (30, 2)).astype(np.float32):
