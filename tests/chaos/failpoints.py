@@ -39,7 +39,8 @@ def note_result(path: Path) -> None:
     def publish_and_note(session: Session) -> dict[str, float]:
         figures = publish(session)
         state = checkpoint.capture(session.model, {})
-        counters = json.dumps([state.header[k] for k in ("num_timesteps", "n_updates", "random.numpy", "scaler")])
+        counted = ("num_timesteps", "n_updates", "slowdown", "random.numpy", "scaler")
+        counters = json.dumps([state.header[k] for k in counted])
         digests = {
             "learning state": checkpoint.digest(state.tensors, counters),  # weights, Adam, generators, environments
             "best policy": hashlib.sha256(BEST.read_bytes()).hexdigest(),
