@@ -31,10 +31,9 @@ HEADER_KEY = "carracing-policy"
 FORMAT_VERSION = 1
 MAX_ZIP_MEMBER = 256 * 1024 * 1024
 """Bytes of weights accepted from a third-party zip; a small file can unpack to terabytes."""
-
-
 HELPERS = ("state_critic.", "state_head.")
 """Parts of the network that only a training asks."""
+
 _ADVICE = {
     "action_net.bias": "; is action_axes the one it was trained with?",
     "features_extractor.cnn.0.weight": "; are frames_stack and grayscale those it was trained with?",
@@ -149,8 +148,8 @@ def warm_start(params: TrainParams) -> dict[str, th.Tensor]:
     if wrong:
         differences = "; ".join(f"{key}: expected {theirs[key]}, got {getattr(params, key)}" for key in wrong)
         raise PolicyError(f"warm_start: {path} was trained with other parameters: {differences}")
-    helpers = {"state_critic.": params.privileged_critic, "state_head.": params.state_coef > 0}
-    return _without(initial.weights, *(name for name, is_asked in helpers.items() if not is_asked))
+    asked = (params.privileged_critic, params.state_coef > 0)
+    return _without(initial.weights, *(helper for helper, is_asked in zip(HELPERS, asked, strict=True) if not is_asked))
 
 
 def without_aliases(weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:

@@ -58,7 +58,7 @@ class DrivingPPO(PPO):
         reward_scaler: Applied to the rewards before advantages are estimated.
         generator: Shuffles the minibatches; its state fits in a checkpoint.
         update_threads: Torch's threads in the update; the rollout has one.
-        desired_kl: KL divergence of an update [nats] above which the learning rate falls below its schedule; 0 = never.
+        desired_kl: The learning rate sinks below its schedule while the KL is over 1.5 times this [nats]; 0 = never.
         state_coef: Weight of the loss that makes the features tell what the picture shows of the simulator's state.
     """
 
@@ -280,7 +280,7 @@ class DrivingPPO(PPO):
         value_loss = nn.functional.mse_loss(values.flatten(), batch.returns)
         entropy_loss = log_prob.mean() if entropy is None else -entropy.mean()
         loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
-        state_loss = th.zeros(())
+        state_loss = loss.new_zeros(())
         if self.state_coef:
             told = self.policy.state_head(features)
             state_loss = nn.functional.mse_loss(told, batch.states[:, VISIBLE])
@@ -306,7 +306,8 @@ class DrivingPPO(PPO):
         """Log what SB3 logs of an update, under its names."""
         buffer = self.rollout_buffer
         for name, value in zip(UPDATE_STATISTICS, means, strict=True):
-            self.logger.record(f"train/{name}", value)
+            if name != "state_loss" or self.state_coef:
+                self.logger.record(f"train/{name}", value)
         explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
         self.logger.record("train/explained_variance", float(explained))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

@@ -153,7 +153,7 @@ class TrainParams(ObservationParams, NetworkParams):
     desired_kl: float = Field(
         ge=0,
         le=10,
-        description="the learning rate sinks below its schedule while an update's KL is above [nats]; 0 = never",
+        description="learning rate sinks below its schedule while the KL is over 1.5 times this [nats]; 0 = never",
     )
     ent_coef: float = Field(ge=0, le=1, description="weight of the entropy bonus")
     privileged_critic: bool = Field(
