@@ -58,6 +58,7 @@ def build_model(params: TrainParams, env: SharedMemoryVecEnv) -> DrivingPPO:
             **network_kwargs(params, dtype),
             "state_size": STATE_SIZE if params.privileged_critic else 0,
             "tells_state": params.state_coef > 0,
+            "throttle_init": params.throttle_init,
             "optimizer_kwargs": {"eps": 1e-5, "fused": True},
         },
         device=device,

@@ -105,6 +105,16 @@ class BetaDistribution(Distribution):
         """A layer from the latent to 2 x action_dim raw concentrations."""
         return nn.Linear(latent_dim, 2 * self.action_dim)
 
+    @staticmethod
+    def raw_of(means: th.Tensor, log_std: float) -> th.Tensor:
+        """(2 x action_dim,) of the layer's output for actions of ``means`` (action_dim,), each about exp(log_std) wide.
+
+        In the middle alpha = beta = 1 + nu / 2, whose variance on [-1, 1] is 1 / (3 + nu): 0.58 is the widest.
+        """
+        nu = max(math.exp(-2 * log_std) - 3, math.exp(-5))
+        mu = ((means + 1) / 2 * (2 + nu) - 1) / nu
+        return th.cat([mu.clamp(0.01, 0.99).logit(), th.full_like(means, math.log(nu))])
+
     def proba_distribution(self, raw: th.Tensor) -> BetaDistribution:
         """Set the distribution from (n, 2 x action_dim): of each action the logit of its place, and the log of ``nu``.
 
@@ -174,9 +184,11 @@ class DrivingNetwork(ActorCriticCnnPolicy):
         action_head: Literal["beta", "gaussian", "gsde"] = "beta",
         state_size: int = 0,
         tells_state: bool = False,
+        throttle_init: float = 0.0,
         **kwargs: Any,
     ) -> None:
         self.action_head, self.state_size, self.tells_state = action_head, state_size, tells_state
+        self.throttle_init = throttle_init
         kwargs["use_sde"] = action_head == "gsde"  # PPO passes its own, equal, value
         super().__init__(observation_space, action_space, lr_schedule, normalize_images=False, **kwargs)
         # Not earlier: orthogonal initialisation needs contiguous weights.
@@ -187,11 +199,15 @@ class DrivingNetwork(ActorCriticCnnPolicy):
             self.state_head = nn.Linear(self.features_dim, len(VISIBLE))
         if self.state_size:
             self.state_critic = state_critic(self.state_size)
+        means = th.zeros(get_action_dim(self.action_space))
+        if self.throttle_init:
+            means[1] = self.throttle_init
         if self.action_head != "beta":
             super()._build(lr_schedule)
+            self._aim_at(means)
             return
         self._build_mlp_extractor()
-        self.action_dist = BetaDistribution(get_action_dim(self.action_space))
+        self.action_dist = BetaDistribution(len(means))
         self.action_net = self.action_dist.proba_distribution_net(self.mlp_extractor.latent_dim_pi)
         self.value_net = nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
         if self.ortho_init:
@@ -199,7 +215,14 @@ class DrivingNetwork(ActorCriticCnnPolicy):
                 module.apply(partial(self.init_weights, gain=gain))
             self.action_net.apply(partial(self.init_weights, gain=0.01))
             self.value_net.apply(partial(self.init_weights, gain=1))
+        self._aim_at(self.action_dist.raw_of(means, self.log_std_init))
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _aim_at(self, output: th.Tensor) -> None:
+        """Add to what the last layer says before it has learned anything."""
+        bias: th.Tensor = self.action_net.bias  # type: ignore[assignment]
+        with th.no_grad():
+            bias += output
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
         if isinstance(self.action_dist, BetaDistribution):

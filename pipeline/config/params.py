@@ -112,7 +112,7 @@ class NetworkParams(Params):
     activation: Literal["relu", "gelu", "tanh"] = Field(description="activation of the hidden layers in net_arch")
     ortho_init: bool = Field(description="orthogonal initial weights")
     action_head: Literal["beta", "gaussian", "gsde"] = Field(description="distribution of the actions")
-    log_std_init: float = Field(ge=-10, le=2, description="initial log of the standard deviation (gaussian, gsde)")
+    log_std_init: float = Field(ge=-10, le=2, description="initial log of the standard deviation of each action")
 
 
 class TrainParams(ObservationParams, NetworkParams):
@@ -136,6 +136,7 @@ class TrainParams(ObservationParams, NetworkParams):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         description="number format of the convolutions; auto = bf16 where the hardware is fast at it"
     )
+    throttle_init: float = Field(ge=-0.9, le=0.9, description="mean throttle, or gas, before anything is learned")
     total_timesteps: Int = Field(ge=1, le=10**10, description="decisions to learn from [agent steps over all envs]")
     learning_rate: Positive = Field(le=1, description="Adam's step size at the start")
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = Field(

@@ -54,6 +54,24 @@ def test_beta_density_entropy_and_mean_are_scipys(raw: th.Tensor, expected: list
     np.testing.assert_allclose(head.mode(), [[axis.mean() for axis in row] for row in expected], atol=1e-5)
 
 
+@pytest.mark.parametrize("action_head", ["beta", "gaussian", "gsde"])
+def test_an_untrained_policy_steers_straight_on_with_the_throttle_asked_for(action_head: str) -> None:
+    network = NETWORK.model_copy(update={"action_head": action_head, "log_std_init": -1.15})
+    space, actions = spaces_of(OBSERVATION)
+    policy = DrivingNetwork(space, actions, lambda _: 0.0, throttle_init=0.15, **network_kwargs(network))
+    pictures = th.randint(0, 256, (64, *space.shape), dtype=th.uint8)
+    head = policy.get_distribution(pictures)
+    np.testing.assert_allclose(head.mode().detach(), np.tile([0, 0.15], (64, 1)), atol=0.03)
+    if isinstance(head, BetaDistribution):
+        of_scipy = stats.beta(head.beta.concentration1.detach(), head.beta.concentration0.detach(), loc=-1, scale=2)
+        np.testing.assert_allclose(of_scipy.std(), np.exp(-1.15), atol=0.02)
+
+
+def test_no_beta_is_wider_than_the_uniform_one() -> None:
+    head = BetaDistribution(2).proba_distribution(BetaDistribution.raw_of(th.tensor([0.0, 0.15]), 2.0)[None])
+    assert stats.beta(head.beta.concentration1, head.beta.concentration0).std() == pytest.approx(12**-0.5, abs=1e-3)
+
+
 def test_the_density_integrates_to_one() -> None:
     head = BetaDistribution(1).proba_distribution(th.tensor([[0.3, 1.7]]).repeat(20001, 1))
     actions = th.linspace(-1, 1, 20001, dtype=th.float64)[:, None]
@@ -147,17 +165,3 @@ def test_actor_and_critic_agree_with_evaluate_actions(head: str, axes: str) -> N
     assert actions.shape == (6, len(low))
     if head == "beta" and axes == "steer_throttle":
         assert ((actions.numpy() >= low) & (actions.numpy() <= high)).all()
-
-
-def test_initial_beta_actions_are_moderate_and_wide() -> None:
-    """A gain of 0.01 on the head: mean near 0 on both axes, and room to explore."""
-    observation_space, action_space = spaces_of(OBSERVATION)
-    th.manual_seed(0)
-    module = DrivingNetwork(observation_space, action_space, lambda _: 0.0, **network_kwargs(NETWORK))
-    seen = th.from_numpy(np.random.default_rng(0).integers(0, 256, (16, 4, 64, 64), np.uint8))
-    with th.no_grad():
-        head = module.get_distribution(seen)
-    assert float(head.mode().abs().max()) < 0.1
-    # Beta(1.5, 1.5), stretched by 2: the standard deviation of an undecided driver
-    concentration = 1.5
-    assert float(head.distribution.stddev.mean()) * 2 == pytest.approx(1 / np.sqrt(2 * concentration + 1), rel=0.02)
