@@ -152,7 +152,7 @@ def disturbed(folder: Path, database: Path) -> dict[str, object]:
     }
 
 
-MINUTE = {"total_timesteps": 32_768, "n_eval_episodes": 2, "num_threads": 1, "n_workers": 1}
+MINUTE = {"total_timesteps": 20_480, "n_eval_episodes": 2, "num_threads": 1, "n_workers": 1}
 """The default recipe for a minute on one core."""
 
 
