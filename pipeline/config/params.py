@@ -136,7 +136,9 @@ class TrainParams(ObservationParams, NetworkParams):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         description="number format of the convolutions; auto = bf16 where the hardware is fast at it"
     )
-    throttle_init: float = Field(ge=-0.9, le=0.9, description="mean throttle, or gas, before anything is learned")
+    throttle_init: float = Field(
+        ge=-0.9, le=0.9, description="mean throttle, or gas, of an untrained policy; wide noise limits it"
+    )
     total_timesteps: Int = Field(ge=1, le=10**10, description="decisions to learn from [agent steps over all envs]")
     learning_rate: Positive = Field(le=1, description="Adam's step size at the start")
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = Field(

@@ -70,6 +70,17 @@ def test_initial_weights_are_the_same_whatever_the_threads() -> None:
     assert all(th.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.parametrize("action_axes", ["steer_throttle", "steer_gas_brake"])
+def test_the_first_actions_are_the_parameters(action_axes: str) -> None:
+    model = build(parameters(action_axes=action_axes, throttle_init=0.3, log_std_init=-1.5))
+    pictures = th.randint(0, 256, (32, *model.observation_space.shape), dtype=th.uint8)
+    head = model.policy.get_distribution(pictures)
+    model.env.close()
+    expected = [0, 0.3] if action_axes == "steer_throttle" else [0, 0.3, 0]
+    np.testing.assert_allclose(head.mode().detach(), np.tile(expected, (32, 1)), atol=0.03)
+    np.testing.assert_allclose(2 * head.beta.stddev.detach(), np.exp(-1.5), atol=0.02)
+
+
 def driven_by_hand(
     model: DrivingPPO, index: int
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, dict[int, np.ndarray]]:
