@@ -109,8 +109,8 @@ class BetaDistribution(Distribution):
     def raw_of(means: th.Tensor, log_std: float) -> th.Tensor:
         """(2 x action_dim,) of the layer's output for actions of ``means`` (action_dim,), each about exp(log_std) wide.
 
-        In the middle alpha = beta = 1 + nu / 2, whose variance on [-1, 1] is 1 / (3 + nu): 0.58 is the widest. The wider,
-        the nearer to the middle its mean is: one further off becomes the furthest there is.
+        In the middle alpha = beta = 1 + nu / 2, whose variance on [-1, 1] is 1 / (3 + nu): 0.58 is the widest. The
+        wider, the nearer to the middle its mean is: one further off becomes the furthest there is.
         """
         nu = max(math.exp(-2 * log_std) - 3, math.exp(-5))
         mu = ((means + 1) / 2 * (2 + nu) - 1) / nu
