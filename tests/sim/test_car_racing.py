@@ -12,6 +12,7 @@ from Box2D import b2World
 from gymnasium.envs.box2d.car_dynamics import Car
 from gymnasium.envs.box2d.car_racing import CarRacing
 from gymnasium.utils.env_checker import check_env
+from pygame.surfarray import pixels3d
 
 from pipeline.sim.car_racing import MAX_FRAMES, FastCarRacing, LazyCarRacing
 from tests.sim.driving import Driver, donut, erratic, follow_road, leave, play, varied
@@ -152,6 +153,22 @@ def test_lazy_pictures_are_stock() -> None:
     ours = [step[0] for step in play(lazy, 8, donut, 10)]
     theirs = [step[0] for step in play(stock, 8, donut, 10)]
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_every_pixel_of_the_canvas_is_stock_wherever_the_car_is() -> None:
+    """The lazy game leaves out what is out of sight; a picture would hide a mistake at its border."""
+    lazy, stock = LazyCarRacing(domain_randomize=True), CarRacing(domain_randomize=True)
+    for seed in range(3):
+        lazy.reset(seed=seed)
+        stock.reset(seed=seed)
+        rng = np.random.default_rng(seed)
+        for _ in range(25):
+            place, angle, seconds = rng.uniform(-350, 350, 2), rng.uniform(-4, 4), rng.choice([0.02, 0.3, 0.9, 3.0])
+            for game in (lazy, stock):
+                assert game.car is not None
+                game.car.hull.position, game.car.hull.angle, game.t = place.tolist(), angle, seconds
+            assert np.array_equal(lazy.stock_picture(), stock._render("state_pixels"))
+            assert np.array_equal(pixels3d(lazy.surf), pixels3d(stock.surf))
 
 
 def test_a_car_is_freed_with_all_its_shapes() -> None:
