@@ -251,7 +251,9 @@ def test_what_the_critics_learn_leaves_the_actor_alone(privileged: DrivingPPO) -
 @pytest.mark.parametrize("privileged_critic", [True, False])
 def test_features_learn_to_tell_the_state(privileged_critic: bool) -> None:
     """The loss is the mean squared error of what the head tells, and it falls; without it nothing tells anything."""
-    model = build(parameters(privileged_critic=privileged_critic, state_coef=5.0, n_epochs=1, learning_rate=1e-3))
+    network = {"cnn_channels": [32, 64, 64], "features_dim": 512}
+    changes = {"privileged_critic": privileged_critic, "state_coef": 5.0, "n_epochs": 1, "learning_rate": 1e-3}
+    model = build(parameters(**network, **changes))
     _, callback = model._setup_learn(N_ENVS * N_STEPS, CallbackList([]))
     model.collect_rollouts(model.env, callback, model.rollout_buffer, N_STEPS)
     model._update_current_progress_remaining(0, 1)
