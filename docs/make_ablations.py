@@ -1,4 +1,4 @@
-"""What each part of the recipe is worth: the default without it, on three seeds, all of the same length.
+"""What each part of the recipe is worth: the default with that part changed, on three seeds, all of the same length.
 
 Run it from the repository's root: ``python -m docs.make_ablations`` (an hour on two cores). Each setting is a
 ``pipeline.sweep --seeds`` on one core, as many at a time as there are cores; the command goes on where it was stopped.
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 from tqdm import tqdm
 
@@ -55,12 +56,17 @@ def train(setting: str) -> None:
     flags = [text for key, value in values.items() for text in (f"--{key.replace('_', '-')}", str(value))]
     seeds = f"{SEEDS.start}:{SEEDS.stop}"
     command = [sys.executable, "-m", "pipeline.sweep", "--seeds", seeds, "--jobs", "1", "--cores", "1", *flags]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if ended.returncode:
+        raise SystemExit(f"{setting}: {' '.join(command)} ended with {ended.returncode}\n{ended.stderr[-2000:]}")
 
 
 def read(setting: str) -> list[PastRun]:
     """The trainings of a setting, one per seed."""
-    return [History().run(f"{run_name(setting)}-seed{seed}") for seed in SEEDS]
+    runs = [History().run(f"{run_name(setting)}-seed{seed}") for seed in SEEDS]
+    if unfinished := [run.name for run in runs if run.status != "FINISHED"]:
+        raise SystemExit(f"expected finished runs, got {', '.join(unfinished)}: run python -m docs.make_ablations")
+    return runs
 
 
 def curves(runs: dict[str, list[PastRun]]) -> pd.DataFrame:
@@ -81,23 +87,26 @@ def draw(frame: pd.DataFrame) -> None:
     figure = Figure(figsize=(11.0, 2.6 * math.ceil(len(others) / columns)), dpi=110, layout="constrained")
     grid = figure.subplots(math.ceil(len(others) / columns), columns, sharex=True, sharey=True).ravel()
     for axes, setting in zip(grid, others, strict=False):
-        for name, color in ((DEFAULT, BLUE), (setting, ORANGE)):
-            _plot(axes, frame[frame.setting == name], name, color)
+        lines = [
+            _plot(axes, frame[frame.setting == DEFAULT], BLUE),
+            _plot(axes, frame[frame.setting == setting], ORANGE),
+        ]
         axes.set_title(setting, fontsize=10, loc="left")
     for axes in grid[len(others) :]:
         axes.set_visible(False)
-    grid[0].legend([DEFAULT, "without"], loc="upper left", fontsize=8, frameon=False)
+    grid[0].legend(lines, ["the default", "with the change above"], loc="upper left", fontsize=8, frameon=False)
     figure.supxlabel("agent steps", fontsize=10)
     figure.supylabel("training return: median and range of three seeds", fontsize=10)
     figure.savefig(PICTURE, metadata={"Software": None})
 
 
-def _plot(axes: Axes, rows: pd.DataFrame, name: str, color: str) -> None:
+def _plot(axes: Axes, rows: pd.DataFrame, color: str) -> Line2D:
     by_step = rows.groupby("agent_steps")["ep_rew_mean"].agg(["median", "min", "max"])
-    axes.plot(by_step.index, by_step["median"], color=color, linewidth=1.8, label=name)
+    (line,) = axes.plot(by_step.index, by_step["median"], color=color, linewidth=1.8)
     axes.fill_between(by_step.index, by_step["min"], by_step["max"], color=color, alpha=0.18, linewidth=0)
     axes.axhline(900, color=GRID, linewidth=1, zorder=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    return line
 
 
 def table(runs: dict[str, list[PastRun]]) -> str:

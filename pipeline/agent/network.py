@@ -69,7 +69,7 @@ class ConvFeatures(BaseFeaturesExtractor):
         self.linear = nn.Sequential(nn.Linear(n_flat, features_dim), nn.ReLU())
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
-        """(n, c, h, w) uint8 in 0..255, or the same already :func:`fold`-ed -> (n, features_dim) float32."""
+        """(n, c, h, w) uint8 in 0..255, or :func:`fold`-ed, uint8 or bf16 -> (n, features_dim) float32."""
         folded = fold(observations) if observations.shape[1:] == self._observation_space.shape else observations
         blocks = folded.permute(0, 3, 1, 2).to(self.dtype)  # channels last in memory; 0..255 is exact in bf16 too
         first: nn.Conv2d = self.cnn[0]  # type: ignore[assignment]

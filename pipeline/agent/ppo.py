@@ -31,6 +31,8 @@ UPDATE_STATISTICS = (
     "policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "loss", "state_loss"
 )  # fmt: skip
 APPROX_KL = UPDATE_STATISTICS.index("approx_kl")
+CONVERTED_AT_ONCE = 2**28
+"""Bytes of a rollout's pictures up to which they become bf16, twice as many, before the first pass."""
 
 
 class Rollout(NamedTuple):
@@ -209,8 +211,8 @@ class DrivingPPO(PPO):
     def train(self) -> None:
         """Improve the policy on the rollout: ``n_epochs`` passes in shuffled minibatches, fewer beyond ``target_kl``.
 
-        The losses and the limit are SB3's. What differs is the way of the data: minibatches are picked from one uint8
-        tensor that lies as the convolutions want it, and numbers for the log stay on the device until the end.
+        The losses and the limit are SB3's. What differs is the way of the data: minibatches are picked from one tensor
+        that is as the convolutions want it, and numbers for the log stay on the device until the end.
         """
         self.policy.set_training_mode(True)
         th.set_num_threads(self.update_threads)
@@ -263,8 +265,9 @@ class DrivingPPO(PPO):
             return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
         observations = fold(flat(buffer.observations))
-        if self.device.type == "cpu" and (dtype := self.policy.features_extractor.dtype) == th.bfloat16:
-            observations = observations.to(dtype)  # exact; a tenth of a pass. A GPU's memory is worth more
+        on_cpu_in_bf16 = self.device.type == "cpu" and self.policy.features_extractor.dtype == th.bfloat16
+        if on_cpu_in_bf16 and observations.nbytes <= CONVERTED_AT_ONCE:
+            observations = observations.bfloat16()  # exact, and a tenth of each pass
         return Rollout(
             observations, flat(self.states[:-1]), flat(buffer.actions),
             flat(buffer.log_probs), flat(buffer.advantages), flat(buffer.returns),

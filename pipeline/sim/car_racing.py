@@ -30,8 +30,8 @@ from pipeline.sim.renderer import Renderer
 MAX_FRAMES = 1000
 """The stock time limit of an episode, in physics frames (20 s at 50 frames/s)."""
 IN_SIGHT = math.hypot(WINDOW_W / 2 + MAX_SHAPE_DIM, WINDOW_H * 3 / 4 + MAX_SHAPE_DIM) + MAX_SHAPE_DIM
-"""Canvas pixels from the car to a corner of the furthest polygon that Gymnasium draws. The canvas ends so far to its
-side and ahead of it, what is drawn one ``MAX_SHAPE_DIM`` beyond that, and no polygon is larger than another one."""
+"""Canvas pixels from the car to the first corner of the furthest polygon that Gymnasium draws: to the canvas's edge
+beside and ahead of the car, one ``MAX_SHAPE_DIM`` beyond it, and another one across the polygon."""
 FIELD = [(PLAYFIELD, PLAYFIELD), (PLAYFIELD, -PLAYFIELD), (-PLAYFIELD, -PLAYFIELD), (-PLAYFIELD, PLAYFIELD)]
 GRASS = np.array(
     [
@@ -63,7 +63,8 @@ class LazyCarRacing(CarRacing):
     """Stock ``CarRacing`` that skips drawing while :attr:`drawing` is false.
 
     A stock step spends 98% of its time on the picture; an agent that repeats each action for four frames sees one
-    picture in four. Physics, reward, termination and every picture that *is* drawn are Gymnasium's own.
+    picture in four. Physics, reward and termination are Gymnasium's own, and every picture that *is* drawn is,
+    to the pixel, what Gymnasium draws.
 
     Attributes:
         drawing: Draw ``state_pixels``. While false, observations are the last picture drawn.
@@ -147,7 +148,7 @@ class LazyCarRacing(CarRacing):
         return picture
 
     def _render_road(self, zoom: float, translation: Any, angle: float) -> None:
-        """As Gymnasium's, to the pixel, of what is in sight: it turns the corners of 700 polygons to draw 70."""
+        """Draw what Gymnasium draws, to the pixel; it turns the corners of 700 polygons to find the 70 in sight."""
 
         def draw(poly: Any, color: Any, clip: bool = True) -> None:
             self._draw_colored_polygon(self.surf, poly, color, zoom, translation, angle, clip)  # type: ignore[no-untyped-call]

@@ -162,8 +162,9 @@ class History:
         rows: dict[int, dict[str, float | None]] = {}
         for column, metric in CURVES.items():
             for point in self.client.get_metric_history(run_id, metric):
-                row = rows.setdefault(point.step, {"step": point.step, "seconds": (point.timestamp - begun) / 1000})
+                row = rows.setdefault(point.step, {"step": point.step, "seconds": 0.0})
                 row[column] = point.value
+                row["seconds"] = max(row["seconds"] or 0.0, (point.timestamp - begun) / 1000)  # its validation's end
         return [rows[step] for step in sorted(rows)]
 
     def _table(self, run_id: str) -> list[dict[str, Any]]:
