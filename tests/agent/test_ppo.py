@@ -14,6 +14,7 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+from pipeline.agent import ppo
 from pipeline.agent.build import build_model, schedule
 from pipeline.agent.ppo import DrivingPPO
 from pipeline.agent.reward import RewardScaler
@@ -289,6 +290,22 @@ def test_scaler_without_normalisation_only_clips() -> None:
     rewards = np.array([-5.0, 1.0, 7.0], np.float32)
     np.testing.assert_array_equal(scaler(rewards, np.zeros(3, bool)), [-2, 1, 2])
     np.testing.assert_array_equal(RewardScaler(3, 0.99, False, 0.0)(rewards, np.zeros(3, bool)), rewards)
+
+
+def test_pictures_converted_once_teach_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16, weights after an update are equal to the bit whether a rollout is converted or each minibatch."""
+    weights: list[dict[str, th.Tensor]] = []
+    for most, dtype in ((0, th.uint8), (ppo.CONVERTED_AT_ONCE, th.bfloat16)):
+        monkeypatch.setattr(ppo, "CONVERTED_AT_ONCE", most)
+        model = build(parameters(precision="bf16"))
+        _, callback = model._setup_learn(N_ENVS * N_STEPS, CallbackList([]))
+        model.collect_rollouts(model.env, callback, model.rollout_buffer, N_STEPS)
+        model._update_current_progress_remaining(0, 1)
+        assert model._flat_rollout().observations.dtype == dtype
+        model.train()
+        model.env.close()
+        weights.append({name: value.clone() for name, value in model.policy.state_dict().items()})
+    assert all(th.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 @pytest.mark.parametrize(
