@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 
 from pipeline.evaluation import Episode
 from pipeline.media.charts import learning_curves, sorted_returns
@@ -107,6 +108,17 @@ def test_a_run_is_found_by_id_and_by_its_newest_name(project: Path) -> None:
     assert parameters_apart([history.run(old), history.run(new)]) == {"seed": ["0", "1"]}
     with pytest.raises(TrackingError, match="other: expected the id or the name of a run"):
         history.run("other")
+
+
+def test_a_step_of_a_curve_ends_with_its_validation(project: Path) -> None:
+    """The training's figures of a step are told first, those of its validation half a minute later."""
+    id_ = add_run("timed", 0, 900.0)
+    client = MlflowClient()
+    begun = client.get_run(id_).info.start_time
+    client.log_metric(id_, "rollout/ep_rew_mean", 850.0, begun + 60_000, 300)
+    client.log_metric(id_, "eval/mean_reward", 900.0, begun + 90_000, 300)
+    last = History().run(id_).curve[-1]
+    assert (last["step"], last["ep_rew_mean"], last["eval_mean"], last["seconds"]) == (300, 850, 900, 90)
 
 
 def test_drawings_take_the_pages_colours() -> None:
