@@ -60,7 +60,7 @@ class Store(NamedTuple):
     second: str
 
 
-CURVES = [pd.read_csv(ROOT / f"docs/recipe/before/seed_{seed}.csv") for seed in (0, 1)]
+CURVES = [pd.read_csv(ROOT / f"docs/recipe/before/at_240k_seed_{seed}.csv") for seed in (0, 1)]
 """The validations of two trainings."""
 TRACKS = read_table(ROOT / "plots/tracks.csv")
 FIGURES = summarize(TRACKS, bootstrap_samples=1000)
